@@ -1,0 +1,21 @@
+"""Balanced LoRA and its Riemannian geometry in JAX.
+
+The core works on plain arrays and parameter trees and needs jax and optax alone. The layers, models, data and
+training of the experiments live in the subpackages `adapters`, `models`, `data` and `training`.
+"""
+
+from balora_jax.balance import GAUGES, Balanced, balance, balance_pair, balancing_gap
+from balora_jax.pairs import Pair, find_pairs
+from balora_jax.transform import BaloraProjectState, balora_project
+
+__all__ = [
+    "GAUGES",
+    "Balanced",
+    "BaloraProjectState",
+    "Pair",
+    "balance",
+    "balance_pair",
+    "balancing_gap",
+    "balora_project",
+    "find_pairs",
+]

@@ -1,0 +1,274 @@
+"""One decoder-only transformer for the Llama/Qwen family, with its layers stacked and scanned."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_policies
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3's frequency scaling of the rotary embedding (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape and arithmetic of a `Decoder`; the names of the sizes are those of Hugging Face's `config.json`.
+
+    Attributes:
+      vocab_size: number of tokens.
+      hidden_size: width of the residual stream.
+      intermediate_size: width of the gated MLP.
+      num_hidden_layers: number of blocks.
+      num_attention_heads: query heads.
+      num_key_value_heads: key and value heads; divides `num_attention_heads`.
+      head_dim: width of one head; even, for the rotary embedding.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: Llama-3 scaling of the frequencies, or None.
+      rms_norm_eps: added to the mean square in every RMSNorm.
+      qkv_bias: whether the query, key and value projections have a bias (Qwen2).
+      qk_norm: whether queries and keys are RMS-normalised per head (Qwen3).
+      tie_word_embeddings: whether the output head is the transposed embedding.
+      dtype: dtype of activations and products.
+      param_dtype: dtype in which the base weights are stored.
+      remat: whether each block's activations are recomputed in the backward pass.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tie_word_embeddings: bool = True
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads must divide num_attention_heads ({self.num_attention_heads}), "
+                f"got {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for the rotary embedding, got {self.head_dim}")
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far, for generation.
+
+    Attributes:
+      keys: `(layers, batch, capacity, kv_heads, head_dim)`.
+      values: like `keys`.
+      positions: `(batch, capacity)` int32, position of the token in each slot.
+      segment_ids: `(batch, capacity)` int32, 0 where a slot is empty or padding.
+      length: scalar int32, number of slots filled.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+    length: jax.Array
+
+
+class _Tokens(NamedTuple):
+    """What a block needs to know of the tokens beside their hidden states."""
+
+    rotation: tuple[jax.Array, jax.Array]  # cosines, sines: (batch, length, head_dim)
+    mask: jax.Array  # (batch, 1, length, keys): who may look at whom
+
+
+def rotary_frequencies(config: DecoderConfig) -> jax.Array:
+    """Returns the `head_dim / 2` angular frequencies of the rotary embedding, with Llama-3 scaling if set."""
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * jnp.pi)
+    # 1 keeps the frequency (fast rotations), 0 divides it by the factor (slow ones), linear in between.
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = jnp.clip(keep, 0.0, 1.0)
+    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+
+
+def _rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Applies the rotary embedding to `x (batch, length, heads, head_dim)`."""
+    cosines, sines = (r[:, :, None, :].astype(x.dtype) for r in rotation)
+    first, second = jnp.split(x, 2, axis=-1)
+    return x * cosines + jnp.concatenate([-second, first], axis=-1) * sines
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
+        heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nnx.Linear(config.hidden_size, heads, use_bias=config.qkv_bias, **dtypes)
+        self.k_proj = nnx.Linear(config.hidden_size, kv_heads, use_bias=config.qkv_bias, **dtypes)
+        self.v_proj = nnx.Linear(config.hidden_size, kv_heads, use_bias=config.qkv_bias, **dtypes)
+        self.o_proj = nnx.Linear(heads, config.hidden_size, use_bias=False, **dtypes)
+        if config.qk_norm:
+            self.q_norm = nnx.RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, **dtypes)
+            self.k_norm = nnx.RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, **dtypes)
+
+    def __call__(self, x, tokens: _Tokens, past=None, offset=None):
+        """Returns the attended `x` and the keys and values: those of `past` with the new ones at `offset`."""
+        batch, length, _ = x.shape
+        heads = (batch, length, -1, self.config.head_dim)
+        queries, keys = self.q_proj(x).reshape(heads), self.k_proj(x).reshape(heads)
+        values = self.v_proj(x).reshape(heads)
+        if self.config.qk_norm:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries, keys = _rotate(queries, tokens.rotation), _rotate(keys, tokens.rotation)
+        if past is not None:
+            keys, values = (
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), offset, axis=1)
+                for old, new in zip(past, (keys, values), strict=True)
+            )
+        out = jax.nn.dot_product_attention(queries, keys, values, mask=tokens.mask)
+        return self.o_proj(out.reshape(batch, length, -1)), (keys, values)
+
+
+class MLP(nnx.Module):
+    """The gated SwiGLU MLP: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype, "use_bias": False, "rngs": rngs}
+        self.gate_proj = nnx.Linear(config.hidden_size, config.intermediate_size, **dtypes)
+        self.up_proj = nnx.Linear(config.hidden_size, config.intermediate_size, **dtypes)
+        self.down_proj = nnx.Linear(config.intermediate_size, config.hidden_size, **dtypes)
+
+    def __call__(self, x):
+        """Maps `x (..., hidden_size)` to the same shape."""
+        return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        norm = {"epsilon": config.rms_norm_eps, "dtype": config.dtype, "param_dtype": config.param_dtype}
+        self.input_layernorm = nnx.RMSNorm(config.hidden_size, **norm, rngs=rngs)
+        self.self_attn = Attention(config, rngs=rngs)
+        self.post_attention_layernorm = nnx.RMSNorm(config.hidden_size, **norm, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x, tokens: _Tokens, past=None, offset=None):
+        """Returns the new residual stream and the keys and values of this block."""
+        attended, kept = self.self_attn(self.input_layernorm(x), tokens, past, offset)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), kept
+
+
+class Decoder(nnx.Module):
+    """A causal language model of the Llama/Qwen family.
+
+    The blocks are one `Block` whose parameters carry a leading axis of length `num_hidden_layers`; the forward
+    pass scans over it, so that compile time does not grow with depth.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
+        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, **dtypes)
+
+        @nnx.split_rngs(splits=config.num_hidden_layers)
+        @nnx.vmap
+        def stack(rngs):
+            return Block(config, rngs=rngs)
+
+        self.layers = stack(rngs)
+        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **dtypes)
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, **dtypes)
+
+    def hidden_states(self, tokens, *, positions=None, segment_ids=None, cache: Cache | None = None):
+        """Runs the blocks.
+
+        Args:
+          tokens: `(batch, length)` int.
+          positions: `(batch, length)` int, the position of each token in its own text; default `0, 1, ...`.
+          segment_ids: `(batch, length)` int; tokens see only tokens of their own segment. 0 is padding.
+            Default: one segment per row.
+          cache: keys and values of earlier tokens; the new ones are written behind them.
+
+        Returns:
+          `(batch, length, hidden_size)` normalised hidden states, and the new cache (None without one).
+        """
+        batch, length = tokens.shape
+        if positions is None:
+            first = 0 if cache is None else cache.length
+            positions = jnp.broadcast_to(first + jnp.arange(length), (batch, length))
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(positions)
+        slots = jnp.arange(length)
+        if cache is None:
+            key_slots, key_segments, offset, past = slots, segment_ids, None, None
+        else:
+            offset, past = cache.length, (cache.keys, cache.values)
+            cache = cache._replace(
+                positions=jax.lax.dynamic_update_slice_in_dim(
+                    cache.positions, positions.astype(jnp.int32), offset, axis=1
+                ),
+                segment_ids=jax.lax.dynamic_update_slice_in_dim(
+                    cache.segment_ids, segment_ids.astype(jnp.int32), offset, axis=1
+                ),
+            )
+            key_slots, key_segments = jnp.arange(cache.keys.shape[2]), cache.segment_ids
+            slots = offset + slots
+        mask = (key_slots[None, None, :] <= slots[None, :, None]) & (
+            key_segments[:, None, :] == segment_ids[:, :, None]
+        )
+        angles = positions[..., None] * rotary_frequencies(self.config)
+        angles = jnp.concatenate([angles, angles], axis=-1)
+        context = _Tokens((jnp.cos(angles), jnp.sin(angles)), mask[:, None])
+
+        def block(x, layer, past):
+            x, kept = layer(x, context, past, offset)
+            return x, (kept if past is not None else None)
+
+        if self.config.remat:
+            block = nnx.remat(block, policy=checkpoint_policies.nothing_saveable, prevent_cse=False)
+        scan = nnx.scan(block, in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0))
+        x, kept = scan(self.embed_tokens(tokens), self.layers, past)
+        if cache is not None:
+            cache = cache._replace(keys=kept[0], values=kept[1], length=cache.length + length)
+        return self.norm(x), cache
+
+    def logits(self, hidden):
+        """Maps hidden states `(..., hidden_size)` to float32 logits `(..., vocab_size)`."""
+        if self.config.tie_word_embeddings:
+            return self.embed_tokens.attend(hidden).astype(jnp.float32)
+        return self.lm_head(hidden).astype(jnp.float32)
+
+    def __call__(self, tokens, *, positions=None, segment_ids=None):
+        """Returns float32 logits `(batch, length, vocab_size)`; arguments as for `hidden_states`."""
+        hidden, _ = self.hidden_states(tokens, positions=positions, segment_ids=segment_ids)
+        return self.logits(hidden)
+
+    def empty_cache(self, batch: int, capacity: int) -> Cache:
+        """Returns a cache with room for `capacity` tokens in each of `batch` rows."""
+        config = self.config
+        shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
+        slots = jnp.zeros((batch, capacity), jnp.int32)
+        zeros = jnp.zeros(shape, config.dtype)
+        return Cache(zeros, zeros, slots, slots, jnp.zeros((), jnp.int32))

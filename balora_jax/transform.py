@@ -1,0 +1,128 @@
+"""The balanced projection as an optax transformation."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from balora_jax.balance import Gauge, balance_pair, check_gauge
+from balora_jax.pairs import Pairs, find_pairs, map_factors, read_pairs, write_pairs
+
+
+class BaloraProjectState(NamedTuple):
+    """State of `balora_project`.
+
+    Attributes:
+      count: int32, number of updates so far.
+      untouched: int32, pairs that the last projection left as they came because their product lacks rank (a fresh
+        `B = 0`, say).
+      nonfinite: int32, pairs that it left as they came because they hold a NaN or an infinity.
+    """
+
+    count: jax.Array
+    untouched: jax.Array
+    nonfinite: jax.Array
+
+
+def balora_project(
+    *, gauge: Gauge = "svd", every: int = 1, start_step: int = 0, pairs: Pairs | None = None
+) -> optax.GradientTransformation:
+    """Balances every LoRA pair after the step: `params + updates` lies on the set `A^T A = B B^T`.
+
+    The products `A B` after the step are those that the optimizer chose; only their factors move. In a chain of
+    transformations it must be the last one, because it needs the update that will really be applied. Leaves that
+    belong to no pair keep their updates.
+
+    Args:
+      gauge: which balanced pair to take, see `balora_jax.balance`.
+      every: projects after every `every`-th update only.
+      start_step: number of first updates that are not followed by a projection.
+      pairs: names the pairs if their leaves have other names than `find_pairs` knows; see there.
+
+    Returns:
+      An `optax.GradientTransformation` whose state is a `BaloraProjectState`.
+
+    Raises:
+      ValueError: an argument is out of its range; from `init`, the parameters hold no pair or an unpaired factor;
+        from `update`, `params` was not given.
+      TypeError: `every` or `start_step` is not an integer.
+
+    Notes:
+      Costs O((a + b) r^2) per pair and step. A pair whose product lacks rank, or that is not finite, is left as the
+      optimizer made it, and counted in the state. Keep the factors in float32: bfloat16 ones cannot hold a balanced
+      pair to better than three digits. `optax.MultiSteps` evaluates what it wraps on every mini-step; accumulating
+      gradients before the optimizer is cheaper.
+
+    Source: arXiv 2605.31484 (BaLoRA: an optimizer step, then the projection).
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> params = {"lora_a": jnp.eye(6, 2), "lora_b": 3.0 * jnp.eye(2, 5)}
+      >>> tx = optax.chain(optax.adamw(1e-3), balora_project())
+      >>> state = tx.init(params)
+      >>> grads = {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 5))}
+      >>> updates, state = tx.update(grads, state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> bool(balancing_gap(params["lora_a"], params["lora_b"]) < 1e-5)
+      True
+    """
+    check_gauge(gauge)
+    _check_count("every", every, 1)
+    _check_count("start_step", start_step, 0)
+    always = isinstance(every, int) and every == 1 and isinstance(start_step, int) and start_step == 0
+
+    def init_fn(params):
+        if jax.tree.leaves(params):  # optax also initialises with an empty placeholder
+            find_pairs(params, pairs)
+        return BaloraProjectState(*(jnp.zeros((), jnp.int32) for _ in BaloraProjectState._fields))
+
+    def project(updates, params):
+        found = find_pairs(params, pairs)
+        old, steps = read_pairs(params, found), read_pairs(updates, found)
+        moved = [tuple(_add_wide(p, u) for p, u in zip(*both, strict=True)) for both in zip(old, steps, strict=True)]
+        balanced = map_factors(lambda a, b: balance_pair(a, b, gauge=gauge), moved)
+        new_steps = []
+        for pair_old, pair_step, outcome in zip(old, steps, balanced, strict=True):
+            left = (outcome.deficient | outcome.nonfinite)[:, None, None]
+            new_steps.append(
+                tuple(
+                    jnp.where(left, u, (new - p).astype(u.dtype))
+                    for p, u, new in zip(pair_old, pair_step, (outcome.lora_a, outcome.lora_b), strict=True)
+                )
+            )
+        untouched = sum(outcome.deficient.sum(dtype=jnp.int32) for outcome in balanced)
+        nonfinite = sum(outcome.nonfinite.sum(dtype=jnp.int32) for outcome in balanced)
+        return write_pairs(updates, found, new_steps), untouched, nonfinite
+
+    def update_fn(updates, state, params=None):
+        if params is None:
+            raise ValueError(optax.NO_PARAMS_MSG)
+        count = optax.safe_increment(state.count)
+        if always:
+            updates, untouched, nonfinite = project(updates, params)
+        else:
+            due = (count > start_step) & ((count - start_step) % every == 0)
+            updates, untouched, nonfinite = jax.lax.cond(
+                due, project, lambda updates, _: (updates, state.untouched, state.nonfinite), updates, params
+            )
+        return updates, BaloraProjectState(count, untouched, nonfinite)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _add_wide(param, update):
+    """`param + update` in float32 or wider."""
+    wide = jnp.promote_types(jnp.promote_types(param.dtype, update.dtype), jnp.float32)
+    return param.astype(wide) + update.astype(wide)
+
+
+def _check_count(name: str, value, least: int) -> None:
+    """Raises unless `value` is an integer of at least `least`; a traced one is taken on trust."""
+    if isinstance(value, jax.Array):
+        if not jnp.issubdtype(value.dtype, jnp.integer):
+            raise TypeError(f"{name} must be an integer, got dtype {value.dtype}")
+    elif isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    elif value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
