@@ -1,0 +1,109 @@
+"""How a linear layer contracts its input with its kernel, in the one language that covers all: an einsum."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+_RANK = "R"
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """The einsum `inputs, kernel -> outputs` of a layer and the shapes of a low-rank update of its kernel.
+
+    The kernel's axes are of three kinds: contracted (in the inputs and not in the outputs), remaining (in the outputs
+    and not in the inputs) and shared (in both: a batch of matrices, such as experts). The update's left factor has
+    axes `(shared, contracted, r)` and its right factor `(shared, r, remaining)`.
+
+    Attributes:
+        inputs: labels of the input, which may start with an ellipsis.
+        kernel: labels of the kernel.
+        outputs: labels of the output.
+        input_axes: the axes of the input that must be moved to its end first, or None.
+    """
+
+    inputs: str
+    kernel: str
+    outputs: str
+    input_axes: tuple[int, ...] | None = None
+
+    @property
+    def contracted(self) -> str:
+        """Labels that the layer sums over."""
+        return "".join(c for c in self.kernel if c in self.inputs and c not in self.outputs)
+
+    @property
+    def remaining(self) -> str:
+        """Labels that only the kernel brings to the output."""
+        return "".join(c for c in self.kernel if c not in self.inputs)
+
+    @property
+    def shared(self) -> str:
+        """Labels of the kernel that input and output share."""
+        return "".join(c for c in self.kernel if c in self.inputs and c in self.outputs)
+
+    def factor_shapes(self, kernel_shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the shapes of the two factors; leading axes of the kernel beyond its labels stack layers."""
+        stacked = kernel_shape[: len(kernel_shape) - len(self.kernel)]
+        size = dict(zip(self.kernel, kernel_shape[len(stacked) :], strict=True))
+        shared, contracted, remaining = (
+            tuple(size[c] for c in labels) for labels in (self.shared, self.contracted, self.remaining)
+        )
+        return (*stacked, *shared, *contracted, rank), (*stacked, *shared, rank, *remaining)
+
+    def low_rank(self, x: jax.Array, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
+        """Applies the update to an input without forming it: first `lora_a`, then `lora_b`."""
+        if self.input_axes is not None:
+            x = jnp.moveaxis(x, self.input_axes, range(-len(self.input_axes), 0))
+        hidden = "".join(c for c in self.inputs if c not in self.contracted) + _RANK
+        x = jnp.einsum(f"{self.inputs},{self.shared}{self.contracted}{_RANK}->{hidden}", x, lora_a)
+        return jnp.einsum(f"{hidden},{self.shared}{_RANK}{self.remaining}->{self.outputs}", x, lora_b)
+
+    def product(self, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
+        """Returns the update in the kernel's layout, stacked axes first."""
+        return jnp.einsum(
+            f"...{self.shared}{self.contracted}{_RANK},...{self.shared}{_RANK}{self.remaining}->...{self.kernel}",
+            lora_a,
+            lora_b,
+            precision=jax.lax.Precision.HIGHEST,
+        )
+
+
+def contraction_of(layer: nnx.Module) -> Contraction:
+    """Returns the contraction of a supported layer.
+
+    Args:
+        layer: an `nnx.Linear`, `nnx.LinearGeneral` or `nnx.Einsum`.
+
+    Raises:
+        TypeError: another kind of layer.
+        ValueError: a `LinearGeneral` with batch axes, or an `Einsum` whose equation is not fixed or not one that a
+            low-rank update can follow.
+    """
+    if isinstance(layer, nnx.Linear):
+        return Contraction("...a", "ab", "...b")
+    if isinstance(layer, nnx.LinearGeneral):
+        if layer.batch_axis:
+            raise ValueError(f"a LinearGeneral with batch_axis is not supported, got {dict(layer.batch_axis)}")
+        n_in, n_out = len(layer.in_features), len(layer.out_features)
+        into, out = _LETTERS[:n_in], _LETTERS[n_in : n_in + n_out]
+        axes = tuple(layer.axis)
+        trailing = axes == tuple(range(-n_in, 0))
+        return Contraction(f"...{into}", into + out, f"...{out}", None if trailing else axes)
+    if isinstance(layer, nnx.Einsum):
+        equation = layer.einsum_str
+        if not equation:
+            raise ValueError("an Einsum layer must have its einsum_str from the constructor, got None")
+        operands, outputs = equation.replace(" ", "").split("->")
+        inputs, kernel = operands.split(",")
+        found = Contraction(inputs, kernel, outputs)
+        if not found.contracted or not found.remaining or "." in kernel or _RANK in equation:
+            raise ValueError(
+                f"an Einsum layer must sum over an axis of its kernel and keep another, with plain labels in the "
+                f"kernel and without the label {_RANK}, got {equation!r}"
+            )
+        return found
+    raise TypeError(f"adapters go on nnx.Linear, nnx.LinearGeneral and nnx.Einsum, got {type(layer).__name__}")

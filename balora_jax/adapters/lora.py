@@ -1,0 +1,151 @@
+"""LoRA over a frozen linear layer of Flax NNX."""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from balora_jax.adapters.contraction import contraction_of
+
+Scaling = Literal["lora", "rslora"]
+
+
+class AdapterScale(nnx.Variable):
+    """The factor `s` of the update `s A B`: a number of the adapter that is set, not trained."""
+
+
+class UnmergedKernel(nnx.Variable):
+    """The base weight as it was before an adapter was merged into it."""
+
+
+def adapter_scale(alpha: jax.typing.ArrayLike, rank: int, scaling: Scaling = "lora") -> jax.typing.ArrayLike:
+    """Returns `alpha / rank` (LoRA, arXiv 2106.09685) or `alpha / sqrt(rank)` (rsLoRA, arXiv 2312.03732).
+
+    Args:
+        alpha: the numerator.
+        rank: rank of the adapter.
+        scaling: which of the two.
+
+    Raises:
+        ValueError: the scaling is unknown.
+    """
+    if scaling == "lora":
+        return alpha / rank
+    if scaling == "rslora":
+        return alpha / math.sqrt(rank)
+    raise ValueError(f"scaling must be 'lora' or 'rslora', got {scaling!r}")
+
+
+class LoRALinear(nnx.Module):
+    """A linear layer with a low-rank update: `y = base(x) + s (dropout(x) A) B`.
+
+    The factors are `nnx.LoRAParam`s in float32 whatever the dtype of the base; they are cast to the dtype of the base's
+    output for the products, so that the layer's output keeps its dtype. `A` is drawn from U(-1/sqrt(in), 1/sqrt(in)),
+    as PEFT does, and `B` is zero, so that a fresh adapter changes nothing.
+
+    A base whose kernel carries extra leading axes (layers stacked for `nnx.scan` or `nnx.vmap`) gets factors with the
+    same leading axes; inside the scan or vmap both are sliced together.
+
+    Attributes:
+        base: the frozen layer.
+        lora_a: `(..., in, r)`; `in` is several axes if the layer contracts several.
+        lora_b: `(..., r, out)`; likewise.
+        scale: `(...)` float32, the factor `s`.
+        rank: `r`.
+        merged: whether the update has been added to the base's kernel.
+
+    Source: arXiv 2106.09685.
+    """
+
+    def __init__(
+        self,
+        base: nnx.Module,
+        *,
+        rank: int,
+        alpha: float | None = None,
+        scaling: Scaling = "lora",
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
+        """Wraps a layer.
+
+        Args:
+            base: an `nnx.Linear`, `nnx.LinearGeneral` or `nnx.Einsum`.
+            rank: from 1 to the smaller side of the weight.
+            alpha: numerator of the scale; default the rank.
+            scaling: `"lora"` for `alpha / rank`, `"rslora"` for `alpha / sqrt(rank)`.
+            dropout: probability of dropping an entry of the adapter's input in training.
+            rngs: source of the random numbers: stream `params` for `A`, `dropout` for the dropout.
+
+        Raises:
+            ValueError: the rank does not fit the weight, or the dropout is not a probability.
+            TypeError: the layer is of another kind, or the rank is not an integer.
+        """
+        self.contraction = contraction_of(base)
+        kernel_shape = base.kernel.shape
+        shape_a, shape_b = self.contraction.factor_shapes(kernel_shape, 1)
+        stacked = kernel_shape[: len(kernel_shape) - len(self.contraction.kernel)]
+        batch = len(stacked) + len(self.contraction.shared)
+        fan_in, fan_out = math.prod(shape_a[batch:]), math.prod(shape_b[batch:])
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise TypeError(f"rank must be an integer, got {rank!r}")
+        if not 1 <= rank <= min(fan_in, fan_out):
+            raise ValueError(f"rank must be from 1 to {min(fan_in, fan_out)} for a weight {fan_in} x {fan_out}, got {rank}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        shape_a, shape_b = self.contraction.factor_shapes(kernel_shape, rank)
+        bound = 1 / math.sqrt(fan_in)
+        self.base = base
+        self.rank = rank
+        self.merged = False
+        self.lora_a = nnx.LoRAParam(jax.random.uniform(rngs.params(), shape_a, jnp.float32, -bound, bound))
+        self.lora_b = nnx.LoRAParam(jnp.zeros(shape_b, jnp.float32))
+        scale = adapter_scale(rank if alpha is None else alpha, rank, scaling)
+        self.scale = AdapterScale(jnp.full(stacked, scale, jnp.float32))
+        self.unmerged_kernel = nnx.data(None)
+        self.dropout = nnx.data(_dropout(dropout, stacked, rngs) if dropout else None)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the layer and its adapter."""
+        y = self.base(x)
+        if self.merged:
+            return y
+        if self.dropout is not None:
+            x = self.dropout(x)
+        lora_a, lora_b = self.lora_a[...].astype(y.dtype), self.lora_b[...].astype(y.dtype)
+        update = self.contraction.low_rank(x.astype(y.dtype), lora_a, lora_b)
+        return y + self.scale[...].astype(y.dtype) * update
+
+    def weight_update(self) -> jax.Array:
+        """Returns `s A B` in float32, in the layout of the base's kernel."""
+        product = self.contraction.product(self.lora_a[...], self.lora_b[...])
+        scale = self.scale[...]
+        return scale.reshape(scale.shape + (1,) * (product.ndim - scale.ndim)) * product
+
+    def merge(self) -> None:
+        """Adds the update to the base's kernel; keeps the kernel so that `unmerge` is exact in every dtype."""
+        if not self.merged:
+            kernel = self.base.kernel[...]
+            self.unmerged_kernel = UnmergedKernel(kernel)
+            self.base.kernel[...] = (kernel.astype(jnp.float32) + self.weight_update()).astype(kernel.dtype)
+            self.merged = True
+
+    def unmerge(self) -> None:
+        """Puts the base's kernel back as it was before `merge`, bit for bit."""
+        if self.merged:
+            self.base.kernel[...] = self.unmerged_kernel[...]
+            self.unmerged_kernel = nnx.data(None)
+            self.merged = False
+
+
+def _dropout(rate: float, stacked: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Dropout:
+    """A dropout layer; for stacked layers one with a random stream each."""
+
+    def make(rngs):
+        return nnx.Dropout(rate, rngs=rngs)
+
+    for size in reversed(stacked):
+        make = nnx.split_rngs(splits=size)(nnx.vmap(make))
+    return make(rngs)

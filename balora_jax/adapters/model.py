@@ -1,0 +1,150 @@
+"""Putting adapters on a whole model, merging them and taking them off."""
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+from flax import nnx
+
+from balora_jax.adapters.lora import LoRALinear, Scaling
+
+
+def add_adapters(
+    model: nnx.Module,
+    *,
+    targets: str | Sequence[str],
+    rank: int,
+    alpha: float | None = None,
+    scaling: Scaling = "lora",
+    dropout: float = 0.0,
+    layer: Callable[..., nnx.Module] = LoRALinear,
+    rngs: nnx.Rngs,
+) -> tuple[str, ...]:
+    """Wraps the chosen linear layers of a model, in place.
+
+    Args:
+        model: any NNX module.
+        targets: a regular expression that must match the whole dotted path of a layer, or a sequence of names, each
+            the path or the end of it (`"mlp.gate_proj"`, `"gate_proj"`).
+        rank: rank of the adapters.
+        alpha: numerator of the scale; default the rank.
+        scaling: `"lora"` or `"rslora"`, see `LoRALinear`.
+        dropout: see `LoRALinear`.
+        layer: the adapter, called as `LoRALinear` is.
+        rngs: source of the random numbers.
+
+    Returns:
+        The dotted paths of the wrapped layers.
+
+    Raises:
+        ValueError: nothing matches, a name matches nothing, a layer has an adapter already, or the rank does not fit
+            a weight; the message names the path.
+        TypeError: a matched layer is not one that adapters go on.
+    """
+    modules = {".".join(map(str, path)): module for path, module in _outside_adapters(model)}
+    matched = _matches(targets, modules)
+    for path in matched:
+        module = modules[path]
+        if isinstance(module, LoRALinear):
+            raise ValueError(f"{path} has an adapter already")
+        try:
+            adapter = layer(module, rank=rank, alpha=alpha, scaling=scaling, dropout=dropout, rngs=rngs)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from error
+        _replace(model, path, adapter)
+    return matched
+
+
+def iter_adapters(model: nnx.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """Yields the dotted path and the layer of every adapter of a model."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, LoRALinear):
+            yield ".".join(map(str, path)), module
+
+
+def merge_adapters(model: nnx.Module) -> None:
+    """Adds every adapter's update to its base weight, in place; `unmerge_adapters` undoes it exactly."""
+    for _, adapter in _all_adapters(model):
+        adapter.merge()
+
+
+def unmerge_adapters(model: nnx.Module) -> None:
+    """Puts the base weights back as they were before `merge_adapters`, bit for bit."""
+    for _, adapter in _all_adapters(model):
+        adapter.unmerge()
+
+
+def remove_adapters(model: nnx.Module, *, merge: bool) -> None:
+    """Puts the base layers back in the place of their adapters, in place.
+
+    Args:
+        model: a model with adapters.
+        merge: whether the base layers keep the update (merge and unload) or lose it.
+    """
+    for path, adapter in _all_adapters(model):
+        if merge:
+            adapter.merge()
+        else:
+            adapter.unmerge()
+        _replace(model, path, adapter.base)
+
+
+def _all_adapters(model: nnx.Module) -> list[tuple[str, LoRALinear]]:
+    found = list(iter_adapters(model))
+    if not found:
+        raise ValueError("model must have adapters, found none")
+    return found
+
+
+def _outside_adapters(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Module]]:
+    """The modules of a model, without those inside an adapter."""
+    inside: list[tuple] = []
+    modules = sorted(nnx.iter_modules(model), key=lambda item: len(item[0]))
+    for path, module in modules:
+        if any(path[: len(prefix)] == prefix for prefix in inside):
+            continue
+        if isinstance(module, LoRALinear):
+            inside.append(path)
+        yield path, module
+
+
+def _matches(targets: str | Sequence[str], modules: dict[str, nnx.Module]) -> tuple[str, ...]:
+    """The paths of the layers that the targets name; containers of layers are passed over."""
+    layers = [path for path, module in modules.items() if _holds_weights(module)]
+    if isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"targets must be a regular expression or names, got {targets!r}: {error}") from error
+        matched = [path for path in layers if pattern.fullmatch(path)]
+        if not matched:
+            raise ValueError(f"targets {targets!r} matches no layer; there are {', '.join(layers) or 'none'}")
+        return tuple(matched)
+    matched = []
+    for name in targets:
+        found = [path for path in layers if path == name or path.endswith(f".{name}")]
+        if not found:
+            names = {path.rsplit(".", 1)[-1] for path in layers}
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(layers) or 'none'}"
+            raise ValueError(f"targets: {name!r} matches no layer; {hint}")
+        matched += [path for path in found if path not in matched]
+    if not matched:
+        raise ValueError("targets must name at least one layer, got none")
+    return tuple(matched)
+
+
+def _holds_weights(module: nnx.Module) -> bool:
+    return isinstance(module, LoRALinear) or any(isinstance(value, nnx.Param) for value in vars(module).values())
+
+
+def _replace(model: nnx.Module, path: str, new: nnx.Module) -> None:
+    """Puts a module at a dotted path."""
+    *parents, last = path.split(".")
+    holder = model
+    for part in parents:
+        holder = holder[int(part)] if part.isdigit() else getattr(holder, part)  # type: ignore[index]
+    if last.isdigit():
+        holder[int(last)] = new  # type: ignore[index]
+    else:
+        setattr(holder, last, new)
