@@ -80,7 +80,10 @@ def balora_project(
     def project(updates, params):
         found = find_pairs(params, pairs)
         old, steps = read_pairs(params, found), read_pairs(updates, found)
-        moved = [tuple(_add_wide(p, u) for p, u in zip(*both, strict=True)) for both in zip(old, steps, strict=True)]
+        moved = [
+            tuple(_add_wide(p, u) for p, u in zip(*both, strict=True))
+            for both in zip(old, steps, strict=True)
+        ]
         balanced = map_factors(lambda a, b: balance_pair(a, b, gauge=gauge), moved)
         new_steps = []
         for pair_old, pair_step, outcome in zip(old, steps, balanced, strict=True):

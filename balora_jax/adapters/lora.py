@@ -92,7 +92,9 @@ class LoRALinear(nnx.Module):
         if isinstance(rank, bool) or not isinstance(rank, int):
             raise TypeError(f"rank must be an integer, got {rank!r}")
         if not 1 <= rank <= min(fan_in, fan_out):
-            raise ValueError(f"rank must be from 1 to {min(fan_in, fan_out)} for a weight {fan_in} x {fan_out}, got {rank}")
+            raise ValueError(
+                f"rank must be from 1 to {min(fan_in, fan_out)} for a weight {fan_in} x {fan_out}, got {rank}"
+            )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         shape_a, shape_b = self.contraction.factor_shapes(kernel_shape, rank)

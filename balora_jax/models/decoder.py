@@ -121,7 +121,9 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
-        heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        heads, kv_heads = (
+            n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
+        )
         self.q_proj = nnx.Linear(config.hidden_size, heads, use_bias=config.qkv_bias, **dtypes)
         self.k_proj = nnx.Linear(config.hidden_size, kv_heads, use_bias=config.qkv_bias, **dtypes)
         self.v_proj = nnx.Linear(config.hidden_size, kv_heads, use_bias=config.qkv_bias, **dtypes)

@@ -1,0 +1,130 @@
+"""The command line: `balora-jax run CONFIG [--output FOLDER] [--field.name VALUE ...]`."""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from balora_jax.training.config import Config, ConfigError, Sweep, field_names, load_config, suggestion
+from balora_jax.training.records import RunError
+
+USAGE = """usage: balora-jax run CONFIG [--output FOLDER] [--field.name VALUE ...]
+
+commands:
+  run    train and compare what a config file describes; the same command goes on after an interruption
+
+Every field of the config can be set: balora-jax run CONFIG --help lists them.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit code: 0, 2 for a wrong command or config, 130 after an interruption."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    try:
+        if arguments[0] not in _COMMANDS:
+            raise ConfigError(f"unknown command {arguments[0]!r}; commands are {', '.join(_COMMANDS)}")
+        return _COMMANDS[arguments[0]](arguments[1:])
+    except (ConfigError, RunError) as error:
+        print(f"balora-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("balora-jax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError("run needs a config file: balora-jax run CONFIG")
+    config, sweep = load_config(arguments[0])
+    config, sweep, output = apply_overrides(
+        config, sweep, arguments[1:], prog=f"balora-jax run {arguments[0]}"
+    )
+    from balora_jax.training import results, run  # heavy: after the cheap mistakes
+
+    console = Console()
+    rows = run(config, sweep, output or Path("runs") / config.name, console)
+    console.print(results.table(rows))
+    console.print(f"record and figure: {output or Path('runs') / config.name}", highlight=False)
+    return 0
+
+
+_COMMANDS = {"run": _run}
+
+
+def apply_overrides(
+    config: Config, sweep: Sweep, arguments: list[str], *, prog: str = "balora-jax"
+) -> tuple[Config, Sweep, Path | None]:
+    """Applies dotted flags to a config; a field that is set this way is no longer swept.
+
+    Args:
+        config: the file's config.
+        sweep: the file's sweep.
+        arguments: `--field.name value ...`, and perhaps `--output folder`.
+        prog: what the help calls the command.
+
+    Returns:
+        The config, the sweep, and the output folder if one was given.
+
+    Raises:
+        ConfigError: an unknown field, or a value that is not of its type.
+    """
+    arguments, output = _take_output(arguments)
+    known, overridden = set(field_names()), []
+    for argument in arguments:
+        if argument.startswith("--") and argument not in ("--help",):
+            name = argument[2:].split("=", 1)[0].replace("-", "_")
+            negated = ".".join([*name.split(".")[:-1], name.split(".")[-1].removeprefix("no_")])
+            if name not in known and negated not in known:
+                raise ConfigError(f"there is no field {name}{suggestion(name)}")
+            overridden.append(name if name in known else negated)
+    config = _parse(config, arguments, prog)
+    mappings = [sweep] if isinstance(sweep, Mapping) else list(sweep)
+    mappings = [{k: v for k, v in mapping.items() if k not in overridden} for mapping in mappings]
+    unique = [mapping for i, mapping in enumerate(mappings) if mapping not in mappings[:i]]
+    return config, unique, output
+
+
+def _take_output(arguments: list[str]) -> tuple[list[str], Path | None]:
+    rest, output = [], None
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--output" or argument.startswith("--output="):
+            value = argument.partition("=")[2] or next(remaining, "")
+            if not value or value.startswith("--"):
+                raise ConfigError("--output needs a folder")
+            output = Path(value)
+        else:
+            rest.append(argument)
+    return rest, output
+
+
+def _parse(config: Config, arguments: list[str], prog: str) -> Config:
+    """Lets tyro parse the flags; its boxed message becomes one line."""
+    if "--help" in arguments or "-h" in arguments:
+        return tyro.cli(Config, default=config, args=arguments, prog=prog)
+    message = io.StringIO()
+    width, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "1000"
+    try:
+        with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
+            return tyro.cli(Config, default=config, args=arguments, prog=prog)
+    except SystemExit:
+        lines = [line.strip("│╭╰╮╯ ").strip() for line in message.getvalue().splitlines()]
+        text = " ".join(line for line in lines[1:2] if line)
+        raise ConfigError(text or "the flags could not be parsed") from None
+    finally:
+        if width is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = width
+
+
+if __name__ == "__main__":
+    sys.exit(main())

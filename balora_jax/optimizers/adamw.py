@@ -1,0 +1,71 @@
+"""AdamW with clipping and a schedule: the optimizer that every adapter method starts from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Settings of AdamW; the defaults are those of the BaLoRA paper's runs (arXiv 2605.31484).
+
+    Attributes:
+        learning_rate: peak of the schedule.
+        schedule: `"constant"`, or a decay to zero at the last step.
+        warmup_steps: the rate rises linearly from 0 over so many steps.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay.
+        clip_norm: the gradient's global norm is clipped to this; None for no clipping.
+    """
+
+    learning_rate: float = 1e-3
+    schedule: Schedule = "constant"
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float | None = 1.0
+
+
+def learning_rate_schedule(settings: OptimizerSettings, steps: int) -> Callable[[jax.Array], jax.Array]:
+    """Returns the learning rate as a function of the number of updates so far.
+
+    Args:
+        settings: `learning_rate`, `schedule` and `warmup_steps` are used; the rate may be a traced array.
+        steps: number of updates of the whole run, where a decay ends.
+    """
+    warmup, decay = settings.warmup_steps, max(steps - settings.warmup_steps, 1)
+
+    def rate(count):
+        rising = jnp.minimum((count + 1.0) / warmup, 1.0) if warmup else 1.0
+        done = jnp.clip((count - warmup) / decay, 0.0, 1.0)
+        shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done))}
+        return settings.learning_rate * rising * shape[settings.schedule]
+
+    return rate
+
+
+def adamw(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
+    """Returns clipping by global norm followed by AdamW.
+
+    Args:
+        settings: hyper-parameters; the numbers may be traced arrays.
+        steps: number of updates of the whole run.
+    """
+    clip = optax.identity() if settings.clip_norm is None else optax.clip_by_global_norm(settings.clip_norm)
+    rate = learning_rate_schedule(settings, steps)
+    return optax.chain(
+        clip,
+        optax.adamw(
+            rate, b1=settings.b1, b2=settings.b2, eps=settings.eps, weight_decay=settings.weight_decay
+        ),
+    )

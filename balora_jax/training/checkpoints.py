@@ -1,0 +1,102 @@
+"""Checkpoints of a population's state and of its place in the data, through orbax."""
+
+import contextlib
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from balora_jax.training.records import RunError
+
+
+class Checkpoints:
+    """The checkpoints of one population.
+
+    A checkpoint appears as a whole or not at all, and carries a digest of its arrays, so that a damaged one is noticed.
+    """
+
+    def __init__(self, path: Path, *, keep: int):
+        """Opens the folder; makes it if it does not exist.
+
+        Args:
+            path: the folder.
+            keep: number of latest checkpoints to keep.
+        """
+        self._path = path.resolve()
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        )
+        with self._explained():
+            self._manager = ocp.CheckpointManager(self._path, options=options)
+
+    def latest_step(self) -> int | None:
+        """Returns the step of the latest checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, data: dict) -> None:
+        """Writes a checkpoint and waits until it is on disk.
+
+        Args:
+            step: its number.
+            state: a pytree of arrays.
+            data: JSON-like, the place in the data.
+        """
+        meta = {"data": data, "digest": _digest(state)}
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        )
+        self._manager.wait_until_finished()
+
+    def restore(self, step: int, like: Any) -> tuple[Any, dict]:
+        """Reads a checkpoint.
+
+        Args:
+            step: its number.
+            like: a state of the same structure.
+
+        Returns:
+            The state, and the place in the data.
+
+        Raises:
+            RunError: the checkpoint is damaged.
+        """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+        with self._explained(step):
+            restored = self._manager.restore(step, args=args)
+            if _digest(restored.state) != restored.meta["digest"]:
+                raise ValueError("its arrays are not those that were saved")
+        return restored.state, restored.meta["data"]
+
+    def close(self) -> None:
+        """Releases the folder."""
+        self._manager.close()
+
+    @contextlib.contextmanager
+    def _explained(self, step: int | None = None):
+        where = self._path if step is None else self._path / str(step)
+        try:
+            yield
+        except Exception as error:
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RunError(
+                f"the checkpoint {where} is broken ({first_line[:200]}); delete it to go on from the one before it, "
+                f"or delete the run directory to start again"
+            ) from error
+
+
+def _digest(state: Any) -> str:
+    """A hash of all arrays of a state."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(state):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

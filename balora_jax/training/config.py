@@ -1,0 +1,297 @@
+"""What a run is made of: frozen dataclasses, files that build them, and sweeps over their fields.
+
+A config file is Python: it sets `config = Config(...)` and may set `sweep`, a mapping from dotted field names to the
+values to try (all combinations), or a sequence of such mappings (one after the other).
+"""
+
+import dataclasses
+import difflib
+import itertools
+import runpy
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from balora_jax.data.recipes import DataSettings
+from balora_jax.methods import get_method
+from balora_jax.optimizers import OptimizerSettings
+
+NUMERIC_FIELDS = (
+    "seed",
+    "adapter.alpha",
+    "optimizer.learning_rate",
+    "optimizer.weight_decay",
+    "optimizer.b1",
+    "optimizer.b2",
+    "optimizer.eps",
+)
+"""Fields that are numbers in a run's state: runs that differ in nothing else are trained together."""
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The frozen base.
+
+    Attributes:
+        path: folder in Hugging Face's format, or the name of a model that ships with the package.
+        dtype: dtype of activations and products.
+        param_dtype: dtype of the base weights.
+        remat: whether activations are recomputed in the backward pass.
+    """
+
+    path: str = "school-math"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The adapters.
+
+    Attributes:
+        rank: their rank.
+        alpha: numerator of the scale.
+        targets: names of the layers that get one; a single entry with other than letters, digits, `_` and `.` is a
+            regular expression over dotted paths.
+        dropout: probability of dropping an entry of an adapter's input.
+    """
+
+    rank: int = 8
+    alpha: float = 8.0
+    targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The loop.
+
+    Attributes:
+        steps: number of optimizer steps.
+        batch_size: rows per micro-batch.
+        accumulate: micro-batches per step.
+        eval_every: steps between evaluations; there is one before the first and one after the last step too.
+        eval_batch_size: examples per evaluation batch.
+        checkpoint_every: steps between checkpoints.
+        keep_checkpoints: number of checkpoints kept.
+        log_every: steps between writes of the metrics of every step.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    accumulate: int = 1
+    eval_every: int = 100
+    eval_batch_size: int = 64
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    log_every: int = 10
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run.
+
+    Attributes:
+        name: of the experiment; the default output folder is `runs/<name>`.
+        method: a name in `balora_jax.methods.METHODS`.
+        seed: decides the adapters' start, the order of the data and the dropout.
+        model: the frozen base.
+        adapter: the adapters.
+        optimizer: the optimizer.
+        data: the data.
+        training: the loop.
+    """
+
+    name: str
+    method: str = "lora"
+    seed: int = 0
+    model: ModelSettings = field(default_factory=ModelSettings)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+
+Sweep = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Sequence[Any]]]
+
+
+def load_config(path: str | Path) -> tuple[Config, Sweep]:
+    """Runs a config file.
+
+    Args:
+        path: a Python file that sets `config` and perhaps `sweep`.
+
+    Returns:
+        The config and the sweep (empty if the file has none).
+
+    Raises:
+        ConfigError: there is no such file, it fails, or it does not set `config`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, (p.name for p in path.parent.glob("*.py")), n=1)
+        raise ConfigError(
+            f"there is no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+        )
+    try:
+        names = runpy.run_path(str(path))
+    except Exception as error:
+        raise ConfigError(
+            f"{path} fails: {type(error).__name__}: {error}{_nearest_keyword(error)}"
+        ) from error
+    if not isinstance(names.get("config"), Config):
+        raise ConfigError(
+            f"{path} must set `config` to a balora_jax.training.Config, got {names.get('config')!r}"
+        )
+    return names["config"], names.get("sweep", {})
+
+
+def expand(config: Config, sweep: Sweep) -> tuple[Config, ...]:
+    """Returns the runs of a sweep, each checked.
+
+    Args:
+        config: what the runs have in common.
+        sweep: dotted field names and their values; all combinations of a mapping, one mapping after the other.
+
+    Raises:
+        ConfigError: a field does not exist, a value is of the wrong type or out of range, or two runs are the same.
+    """
+    mappings: Iterable = [sweep] if isinstance(sweep, Mapping) else sweep
+    runs: list[Config] = []
+    for mapping in mappings or [{}]:
+        if not isinstance(mapping, Mapping):
+            raise ConfigError(f"sweep must map field names to values, got {mapping!r}")
+        for name, values in mapping.items():
+            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+                raise ConfigError(f"sweep: {name} must have a sequence of values, got {values!r}")
+        for values in itertools.product(*mapping.values()):
+            run = config
+            for name, value in zip(mapping, values, strict=True):
+                run = with_field(run, name, value)
+            if run in runs:
+                raise ConfigError(f"sweep holds a run twice: {dict(zip(mapping, values, strict=True))}")
+            check(run)
+            runs.append(run)
+    return tuple(runs)
+
+
+def get_field(config: Config, name: str) -> Any:
+    """Returns the field of a dotted name.
+
+    Raises:
+        ConfigError: there is none; the message suggests the nearest.
+    """
+    value: Any = config
+    for part in name.split("."):
+        if not dataclasses.is_dataclass(value) or part not in (f.name for f in dataclasses.fields(value)):
+            raise ConfigError(f"there is no field {name}{suggestion(name)}")
+        value = getattr(value, part)
+    return value
+
+
+def with_field(config: Any, name: str, value: Any) -> Any:
+    """Returns a copy of a config with the field of a dotted name replaced; raises like `get_field`."""
+    if isinstance(config, Config):
+        get_field(config, name)
+    first, _, rest = name.partition(".")
+    return dataclasses.replace(
+        config, **{first: with_field(getattr(config, first), rest, value) if rest else value}
+    )
+
+
+def field_names(config: Any = Config, prefix: str = "") -> tuple[str, ...]:
+    """Returns the dotted names of all fields that hold a value."""
+    names: list[str] = []
+    hints = get_type_hints(config)
+    for item in dataclasses.fields(config):
+        nested = dataclasses.is_dataclass(hints[item.name])
+        path = f"{prefix}{item.name}"
+        names += field_names(hints[item.name], f"{path}.") if nested else [path]
+    return tuple(names)
+
+
+def suggestion(name: str) -> str:
+    """Returns `; did you mean X?` for the nearest field name, or nothing if none is near."""
+    names = field_names()
+    near = difflib.get_close_matches(name, names, n=1) or [
+        full
+        for last in difflib.get_close_matches(name.split(".")[-1], [n.split(".")[-1] for n in names], n=1)
+        for full in names
+        if full.split(".")[-1] == last
+    ]
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def check(config: Config) -> None:
+    """Raises `ConfigError` if a field has the wrong type or a value that cannot be run."""
+    _check_types(config, "")
+    for name in ("training.steps", "training.batch_size", "training.accumulate", "training.eval_every",
+                 "training.eval_batch_size", "training.checkpoint_every", "training.keep_checkpoints",
+                 "training.log_every", "adapter.rank", "data.train_examples", "data.eval_examples",
+                 "data.length"):  # fmt: skip
+        if get_field(config, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, got {get_field(config, name)}")
+    for name in (
+        "optimizer.learning_rate",
+        "optimizer.weight_decay",
+        "optimizer.eps",
+        "optimizer.warmup_steps",
+    ):
+        if not get_field(config, name) >= 0:
+            raise ConfigError(f"{name} must be at least 0, got {get_field(config, name)}")
+    for name in ("optimizer.b1", "optimizer.b2", "adapter.dropout"):
+        if not 0 <= get_field(config, name) < 1:
+            raise ConfigError(f"{name} must be at least 0 and below 1, got {get_field(config, name)}")
+    if config.optimizer.clip_norm is not None and not config.optimizer.clip_norm > 0:
+        raise ConfigError(f"optimizer.clip_norm must be positive or None, got {config.optimizer.clip_norm}")
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seed must be from 0 to 2**32 - 1, got {config.seed}")
+    try:
+        get_method(config.method)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check_types(value: Any, prefix: str) -> None:
+    hints = get_type_hints(type(value))
+    for item in dataclasses.fields(value):
+        name, hint, content = f"{prefix}{item.name}", hints[item.name], getattr(value, item.name)
+        if not _has_type(content, hint):
+            shown = getattr(hint, "__name__", None) if get_origin(hint) is None else None
+            raise ConfigError(
+                f"{name} must be of type {shown or str(hint).replace('typing.', '')}, got {content!r}"
+            )
+        if dataclasses.is_dataclass(content):
+            _check_types(content, f"{name}.")
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_has_type(value, arg) for arg in args)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_has_type(item, args[0]) for item in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _nearest_keyword(error: Exception) -> str:
+    """A suggestion for a dataclass's unexpected keyword argument."""
+    words = str(error).split("unexpected keyword argument ")
+    if not isinstance(error, TypeError) or len(words) < 2:
+        return ""
+    wrong = words[1].strip("'")
+    near = difflib.get_close_matches(wrong, {part for name in field_names() for part in name.split(".")}, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,130 @@
+"""From the records of a run to its table: per method the best cell, with count and spread."""
+
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.table import Table
+
+from balora_jax.training.config import Config, get_field
+from balora_jax.training.records import Record, RunDirectory
+
+
+def summarise(
+    directory: RunDirectory, members: Mapping[str, Config], axes: Mapping[str, Any]
+) -> list[Record]:
+    """Returns one row per group of runs that differ only in numbers and seeds: its best cell.
+
+    A cell is what differs in its seed alone; the best is that with the lowest mean final evaluation loss among the
+    cells without a diverged run.
+
+    Args:
+        directory: the finished run.
+        members: its configs by name.
+        axes: for each group (population), the numeric fields it sweeps with their values; from `numeric_axes`.
+    """
+    rows = []
+    for population in dict.fromkeys(r["population"] for r in directory.of("result")):
+        results = directory.of("result", population=population)
+        fields = [name for name in axes[population] if name != "seed"]
+        cells: dict[tuple, list[Record]] = {}
+        for result in results:
+            cells.setdefault(tuple(get_field(members[result["member"]], f) for f in fields), []).append(
+                result
+            )
+        losses = {
+            cell: statistics.fmean(r["evaluation_loss"] for r in runs)
+            for cell, runs in cells.items()
+            if all(r["diverged_at"] < 0 for r in runs)
+        }
+        row: Record = {
+            "population": population,
+            "runs": len(results),
+            "diverged": sum(r["diverged_at"] >= 0 for r in results),
+            "step_seconds": _step_seconds(directory, population, len(results)),
+        }
+        if losses:
+            best = min(losses, key=losses.__getitem__)
+            runs = cells[best]
+            row |= {
+                "best": dict(zip(fields, best, strict=True)),
+                "on_edge": [
+                    field
+                    for field, value in zip(fields, best, strict=True)
+                    if len(axes[population][field]) > 2
+                    and value in (min(axes[population][field]), max(axes[population][field]))
+                ],
+                "members": [r["member"] for r in runs],
+                "n": len(runs),
+                **{key: _spread(r[key] for r in runs) for key in ("evaluation_loss", "accuracy", "gap_mean")},
+                "base_loss": statistics.fmean(
+                    r["evaluation_loss"] for r in directory.of("evaluation", population=population, step=0)
+                ),
+            }
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[Record]) -> Table:
+    """Returns the rows as a table for people."""
+    out = Table(
+        title="best cell of every method, by mean final evaluation loss; mean ± standard deviation over seeds"
+    )
+    for name in (
+        "method",
+        "best",
+        "evaluation loss",
+        "exact match",
+        "n",
+        "balancing gap",
+        "s / step",
+        "diverged",
+    ):
+        out.add_column(name, justify="left" if name in ("method", "best") else "right")
+    for row in rows:
+        shared = (f"{row['step_seconds']:.4f}", f"{row['diverged']} of {row['runs']}")
+        if "best" not in row:
+            out.add_row(row["population"], "every cell diverged", "", "", "0", "", *shared)
+            continue
+        best = ", ".join(
+            f"{field.rsplit('.', 1)[-1]} {value:g}{' (edge of the grid)' if field in row['on_edge'] else ''}"
+            for field, value in row["best"].items()
+        )
+        loss, accuracy, gap = row["evaluation_loss"], row["accuracy"], row["gap_mean"]
+        out.add_row(
+            row["population"],
+            best,
+            f"{loss['mean']:.4f} ± {loss['std']:.4f}",
+            f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %",
+            str(row["n"]),
+            f"{gap['mean']:.1e}",
+            *shared,
+        )
+    bases = [row["base_loss"] for row in rows if "base_loss" in row]
+    if bases:
+        out.caption = (
+            f"evaluation loss before training: {bases[0]:.4f}; s / step is per run, in its population"
+        )
+    return out
+
+
+def numeric_axes(members: Iterable[Config], fields: Iterable[str]) -> dict[str, list]:
+    """Returns the numeric fields in which configs differ, with their values in order."""
+    members = list(members)
+    axes = {field: sorted({get_field(member, field) for member in members}) for field in fields}
+    return {field: values for field, values in axes.items() if len(values) > 1}
+
+
+def _spread(values: Iterable[float]) -> Record:
+    values = list(values)
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "values": values,
+    }
+
+
+def _step_seconds(directory: RunDirectory, population: str, members: int) -> float:
+    """The median time of a step, divided by the number of runs that it advances."""
+    seconds = [r["seconds"] for r in directory.of("train", population=population) if "seconds" in r]
+    return statistics.median(seconds) / members if seconds else float("nan")

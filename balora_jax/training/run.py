@@ -1,0 +1,306 @@
+"""A whole run: its members sorted into populations, each trained, evaluated and recorded; resumed where it stopped."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from balora_jax.data import recipes
+from balora_jax.data.batches import Arrays, batches, encode, pack, pad
+from balora_jax.data.recipes import DataSettings
+from balora_jax.models.weights import load_decoder
+from balora_jax.training import figures, results
+from balora_jax.training.checkpoints import Checkpoints
+from balora_jax.training.config import (
+    NUMERIC_FIELDS,
+    Config,
+    ConfigError,
+    ModelSettings,
+    Sweep,
+    expand,
+    field_names,
+    get_field,
+    with_field,
+)
+from balora_jax.training.evaluation import EvaluationSet, accuracies, evaluate_loss, generate_answers
+from balora_jax.training.progress import TrainingProgress
+from balora_jax.training.records import RunDirectory, RunError
+from balora_jax.training.step import Program, TrainState
+
+Members = dict[str, Config]
+
+
+def run(config: Config, sweep: Sweep, output: Path, console: Console) -> list[dict]:
+    """Trains every member of a sweep, or goes on where an earlier call was stopped.
+
+    Args:
+        config: what the members have in common.
+        sweep: the fields in which they differ.
+        output: the run directory.
+        console: where progress is shown.
+
+    Returns:
+        The rows of the result's table, which is also written to the run directory.
+
+    Raises:
+        ConfigError: the config cannot be run, or the directory belongs to another config.
+        RunError: the directory cannot be used: broken, or in use.
+    """
+    populations = sort_into_populations(expand(config, sweep))
+    everyone = {name: member for members in populations.values() for name, member in members.items()}
+    programs = {
+        name: _program(name, members) for name, members in populations.items()
+    }  # fails before files are made
+    directory = RunDirectory(output, everyone)
+    try:
+        for name, members in populations.items():
+            if len(directory.of("result", population=name)) < len(members):
+                Trainer(name, members, programs[name], directory, console).train()
+        axes = {
+            name: results.numeric_axes(members.values(), NUMERIC_FIELDS)
+            for name, members in populations.items()
+        }
+        rows = results.summarise(directory, everyone, axes)
+        (output / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+        with (output / "results.txt").open("w") as file:
+            Console(file=file, width=140).print(results.table(rows))
+        figures.loss_curves(directory, rows, output / "figure.png")
+    finally:
+        directory.close()
+    return rows
+
+
+def sort_into_populations(configs: Sequence[Config]) -> dict[str, Members]:
+    """Returns the members by name, sorted into those that differ in numeric fields alone.
+
+    Populations are named by the structural fields that differ in the sweep, members by these and the numeric ones.
+    """
+    differing = [name for name in field_names() if len({get_field(config, name) for config in configs}) > 1]
+    structural = [name for name in differing if name not in NUMERIC_FIELDS]
+    populations: dict[str, Members] = {}
+    for config in configs:
+        parts = [_label(config, name) for name in structural if name != "method"]
+        population = "-".join([config.method, *parts])
+        member = "-".join(
+            [population, *(_label(config, name) for name in differing if name in NUMERIC_FIELDS)]
+        )
+        populations.setdefault(population, {})[member] = config
+    return populations
+
+
+class Trainer:
+    """Training of one population."""
+
+    def __init__(
+        self, name: str, members: Members, program: Program, directory: RunDirectory, console: Console
+    ):
+        self._name, self._members, self._program = name, members, program
+        self._directory, self._console = directory, console
+        self._config = next(iter(members.values()))
+        self._train_arrays, self._examples, dropped = _data(self._config.data)
+        if dropped:
+            console.print(
+                f"{name}: left out {dropped} examples of more than {self._config.data.length} tokens"
+            )
+        seeds = sorted({member.seed for member in members.values()})
+        self._iterators = {seed: self._batches(seed) for seed in seeds}
+
+    def train(self) -> None:
+        """Trains to the last step, from the latest checkpoint if there is one, and records the results."""
+        settings = self._config.training
+        checkpoints = Checkpoints(
+            self._directory.path / "checkpoints" / self._name, keep=settings.keep_checkpoints
+        )
+        try:
+            state, first = self._resume(checkpoints)
+            with TrainingProgress(self._console, self._name, settings.steps, first) as progress:
+                if first == 0:
+                    self._evaluate(state, 0)
+                state = self._steps(state, first, checkpoints, progress)
+        finally:
+            checkpoints.close()
+        self._record_results(state)
+
+    def _resume(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+        state = self._program.initial_state(list(self._members.values()))
+        step = checkpoints.latest_step()
+        if step is None:
+            recorded = self._directory.of("checkpoint", population=self._name)
+            if recorded:
+                raise RunError(
+                    f"the record tells of a checkpoint of {self._name} at step {recorded[-1]['step']}, but there is "
+                    f"none in {self._directory.path / 'checkpoints' / self._name}; put it back, or delete the run "
+                    f"directory to start again"
+                )
+            self._directory.rewind(self._name, -1)
+            return state, 0
+        state, place = checkpoints.restore(step, state)
+        for seed, iterator in self._iterators.items():
+            iterator.set_state(place[str(seed)])
+        self._directory.rewind(self._name, step)
+        self._console.print(f"{self._name}: going on from step {step}")
+        return state, step
+
+    def _steps(self, state, first: int, checkpoints: Checkpoints, progress: TrainingProgress) -> TrainState:
+        settings = self._config.training
+        waiting: list[tuple[int, dict, float]] = []
+        compiled, tokens = False, 0
+        for step in range(first + 1, settings.steps + 1):
+            batch = self._next_batch()
+            start = time.perf_counter()
+            state, metrics = self._program.step(state, self._program.base, batch)
+            jax.block_until_ready(state.step)
+            seconds = time.perf_counter() - start
+            tokens += int((batch["segment_ids"] > 0).sum())
+            waiting.append((step, metrics, seconds if compiled else float("nan")))
+            compiled = True
+            last = step == settings.steps
+            evaluating = last or step % settings.eval_every == 0
+            saving = last or step % settings.checkpoint_every == 0
+            if evaluating or saving or step % settings.log_every == 0:
+                loss = self._record_steps(waiting)
+                progress.update(step, loss, tokens)
+                waiting, tokens = [], 0
+            if evaluating:
+                self._evaluate(state, step)
+            if saving:
+                place = {str(seed): iterator.get_state() for seed, iterator in self._iterators.items()}
+                checkpoints.save(step, state, place)
+                self._directory.append([{"kind": "checkpoint", "population": self._name, "step": step}])
+        return state
+
+    def _record_steps(self, waiting: list[tuple[int, dict, float]]) -> float:
+        """Writes the metrics of some steps; returns the last median loss."""
+        records = []
+        for step, metrics, seconds in waiting:
+            values = {name: np.asarray(value) for name, value in metrics.items()}
+            for index, member in enumerate(self._members):
+                record = {"kind": "train", "population": self._name, "member": member, "step": step}
+                record |= {name: _number(value[index]) for name, value in values.items()}
+                if index == 0 and seconds == seconds:  # the time of the population's step
+                    record["seconds"] = seconds
+                records.append(record)
+        self._directory.append(records)
+        return float(np.nanmedian(np.where(np.isfinite(values["loss"]), values["loss"], np.nan)))
+
+    def _evaluate(self, state: TrainState, step: int) -> None:
+        losses = evaluate_loss(
+            self._program, state, self._examples, batch_size=self._config.training.eval_batch_size
+        )
+        self._directory.append(
+            {
+                "kind": "evaluation",
+                "population": self._name,
+                "member": member,
+                "step": step,
+                "evaluation_loss": _number(losses.total[index]),
+                "by_module": {name: _number(loss[index]) for name, loss in losses.by_module.items()},
+            }
+            for index, member in enumerate(self._members)
+        )
+
+    def _record_results(self, state: TrainState) -> None:
+        steps = self._config.training.steps
+        self._directory.rewind(self._name, steps)
+        batch_size = self._config.training.eval_batch_size
+        texts = generate_answers(self._program, state, self._examples, batch_size=batch_size)
+        diverged = np.asarray(state.diverged_at)
+        records = []
+        for index, member in enumerate(self._members):
+            evaluation = self._directory.of("evaluation", population=self._name, member=member, step=steps)[
+                -1
+            ]
+            last = self._directory.of("train", population=self._name, member=member, step=steps)[-1]
+            accuracy = accuracies(texts[index], self._examples)
+            records.append(
+                {
+                    "kind": "result",
+                    "population": self._name,
+                    "member": member,
+                    "step": steps,
+                    "evaluation_loss": evaluation["evaluation_loss"],
+                    "accuracy": accuracy.pop("all"),
+                    "accuracy_by_module": accuracy,
+                    "gap_mean": last["gap_mean"],
+                    "gap_worst": last["gap_worst"],
+                    "diverged_at": int(diverged[index]),
+                    "status": "finished" if diverged[index] < 0 else "diverged",
+                }
+            )
+        self._directory.append(records)
+
+    def _batches(self, seed: int) -> grain.DatasetIterator:
+        settings = self._config.training
+        return batches(self._train_arrays, batch_size=settings.batch_size * settings.accumulate, seed=seed)
+
+    def _next_batch(self) -> Arrays:
+        """Arrays `(members, accumulate, rows, length)`; members of one seed see the same rows."""
+        settings = self._config.training
+        by_seed = {seed: next(iterator) for seed, iterator in self._iterators.items()}
+        rows = [by_seed[member.seed] for member in self._members.values()]
+        shape = (len(rows), settings.accumulate, settings.batch_size, self._config.data.length)
+        return {name: np.stack([row[name] for row in rows]).reshape(shape) for name in rows[0]}
+
+
+@cache
+def _base_model(settings: ModelSettings) -> nnx.Module:
+    try:
+        return load_decoder(
+            settings.path, dtype=settings.dtype, param_dtype=settings.param_dtype, remat=settings.remat
+        )
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"model.path: {error}") from error
+
+
+@cache
+def _data(settings: DataSettings) -> tuple[Arrays, EvaluationSet, int]:
+    """Training rows, evaluation examples, and how many examples were too long."""
+    try:
+        splits = recipes.load(settings)
+        train, held_out = (
+            encode(split, splits.tokenizer, max_length=settings.length)
+            for split in (splits.train, splits.evaluation)
+        )
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"data: {error}") from error
+    lay_out = pack if settings.packing else pad
+    arrays = lay_out(train, length=settings.length, pad_id=splits.tokenizer.pad_id)
+    kept = splits.evaluation.select(held_out.kept)
+    examples = EvaluationSet.build(held_out, kept["module"][:], kept["answer"][:], splits.tokenizer)
+    dropped = len(splits.train) - len(train.kept) + len(splits.evaluation) - len(held_out.kept)
+    return arrays, examples, dropped
+
+
+def _program(name: str, members: Mapping[str, Config]) -> Program:
+    config = next(iter(members.values()))
+    try:
+        program = Program(config, _base_model(config.model))
+    except (TypeError, ValueError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(f"{name}: {error}") from error
+    _data(config.data)
+    return program
+
+
+def _label(config: Config, field: str) -> str:
+    value = get_field(config, field)
+    if dataclasses.is_dataclass(value):
+        raise TypeError(f"{field} is not a leaf field")
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{field.rsplit('.', 1)[-1]}={text.replace('/', '_')}"
+
+
+def _number(value) -> float | int | str:
+    """A JSON number; what JSON has no number for (nan, inf) becomes text."""
+    value = value.item() if hasattr(value, "item") else value
+    return value if isinstance(value, int) or np.isfinite(value) else str(value)
+
+
+__all__ = ["Trainer", "run", "sort_into_populations", "with_field"]

@@ -1,0 +1,198 @@
+"""One pure training step for a whole population of runs that differ in numbers alone.
+
+Everything of a member that can be a number is an array in its `TrainState`; everything static is in `Program`. The
+step of one member is an ordinary function of its config, in which the numbers are traced; `vmap` over the leading axis
+of the states makes it the step of the population, with the frozen base shared.
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from balora_jax.adapters import adapter_scale, add_adapters, iter_adapters
+from balora_jax.balance import balancing_gap
+from balora_jax.methods import get_method
+from balora_jax.pairs import find_pairs, map_factors, read_pairs
+from balora_jax.training.config import NUMERIC_FIELDS, Config, get_field, with_field
+
+Batch = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that changes in training, of one member, or of a population along a leading axis of every array.
+
+    Attributes:
+        step: int32, number of steps done.
+        numbers: the numeric fields of the member's config, by their dotted names.
+        adapters: the trained parameters.
+        opt_state: the optimizer's state.
+        random: the random streams of dropout; empty without dropout.
+        diverged_at: int32, the step at which a loss or gradient was not finite, or -1. From then on nothing changes.
+    """
+
+    step: jax.Array
+    numbers: dict[str, jax.Array]
+    adapters: nnx.State
+    opt_state: Any
+    random: nnx.State
+    diverged_at: jax.Array
+
+
+def named_key(seed: jax.typing.ArrayLike, name: str) -> jax.Array:
+    """Returns the random key that a run of this seed uses for one purpose."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+
+
+def token_losses(model: nnx.Module, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Returns the cross-entropy (nats) of every token that must be predicted and the mask of these tokens.
+
+    Args:
+        model: a decoder.
+        batch: arrays `(rows, length)` as `balora_jax.data.batches` makes them.
+
+    Returns:
+        Two arrays `(rows, length - 1)`; losses are 0 outside the mask.
+    """
+    inputs = {name: batch[name][:, :-1] for name in ("tokens", "positions", "segment_ids")}
+    logits = model(**inputs)
+    mask = batch["loss_mask"][:, 1:]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:])
+    return jnp.where(mask, losses, 0.0), mask
+
+
+class Program:
+    """The compiled functions of the runs that share everything but the numeric fields.
+
+    Attributes:
+        config: the config of any of them.
+        base: the frozen parameters, shared by all members and passed to every function.
+    """
+
+    def __init__(self, config: Config, base_model: nnx.Module):
+        """Puts adapters on a copy of the model's structure; the base's arrays are shared, not copied.
+
+        Raises:
+            ValueError: the targets match nothing or the rank does not fit.
+            TypeError: a target is not a layer that adapters go on.
+        """
+        self.config = config
+        self._method = get_method(config.method)
+        self._bare = nnx.split(base_model)
+        model = self._with_adapters(nnx.merge(*self._bare, copy=True), jax.random.key(0), jax.random.key(0))
+        model.train()
+        self._train_graph, _, _, self.base = nnx.split(model, nnx.LoRAParam, nnx.RngState, ...)
+        model.eval()
+        self._eval_graph = nnx.graphdef(model)
+        self.init = jax.jit(jax.vmap(self._init_member, in_axes=(None, 0)))
+        self.step = jax.jit(jax.vmap(self._step_member, in_axes=(0, None, 0)), donate_argnums=0)
+        self.evaluate = jax.jit(jax.vmap(self._evaluate_member, in_axes=(0, None, None)))
+
+    def initial_state(self, members: Sequence[Config]) -> TrainState:
+        """Returns the state of a population before its first step."""
+        numbers = {
+            name: jnp.asarray(
+                [get_field(m, name) for m in members], jnp.uint32 if name == "seed" else jnp.float32
+            )
+            for name in NUMERIC_FIELDS
+        }
+        return self.init(self._bare[1], numbers)
+
+    def member_model(self, state: TrainState, base: nnx.State, *, training: bool = False) -> nnx.Module:
+        """Returns the model of one member: base, adapters and scale."""
+        graph = self._train_graph if training else self._eval_graph
+        model = nnx.merge(graph, state.adapters, state.random, base, copy=True)
+        scale = adapter_scale(state.numbers["adapter.alpha"], self.config.adapter.rank, self._method.scaling)
+        for _, adapter in iter_adapters(model):
+            adapter.scale[...] = jnp.full_like(adapter.scale[...], scale)
+        return model
+
+    def _with_adapters(self, model, adapter_key, dropout_key):
+        settings = self.config.adapter
+        pattern = (
+            len(settings.targets) == 1 and not settings.targets[0].replace(".", "").replace("_", "").isalnum()
+        )
+        add_adapters(
+            model,
+            targets=settings.targets[0] if pattern else settings.targets,
+            rank=settings.rank,
+            scaling=self._method.scaling,
+            dropout=settings.dropout,
+            layer=self._method.layer,
+            rngs=nnx.Rngs(params=adapter_key, dropout=dropout_key),
+        )
+        return model
+
+    def _transformation(self, numbers) -> optax.GradientTransformation:
+        config = self.config
+        for name, number in numbers.items():
+            config = with_field(config, name, number)
+        return self._method.optimizer(config.optimizer, config.training.steps)
+
+    def _init_member(self, bare, numbers) -> TrainState:
+        seed = numbers["seed"]
+        model = nnx.merge(self._bare[0], bare, copy=True)
+        model = self._with_adapters(model, named_key(seed, "adapters"), named_key(seed, "dropout"))
+        _, adapters, random, _ = nnx.split(model, nnx.LoRAParam, nnx.RngState, ...)
+        opt_state = self._transformation(numbers).init(adapters)
+        return TrainState(jnp.int32(0), numbers, adapters, opt_state, random, jnp.int32(-1))
+
+    def _step_member(self, state: TrainState, base: nnx.State, batches: Batch) -> tuple[TrainState, dict]:
+        """One optimizer step on `accumulate` micro-batches, arrays `(accumulate, rows, length)`."""
+
+        def objective(adapters, random, batch):
+            model = self.member_model(state._replace(adapters=adapters, random=random), base, training=True)
+            losses, mask = token_losses(model, batch)
+            return losses.sum(), (mask.sum(), nnx.state(model, nnx.RngState))
+
+        def accumulate(carry, batch):
+            grads, loss, tokens, random = carry
+            (more_loss, (more_tokens, random)), more = jax.value_and_grad(objective, has_aux=True)(
+                state.adapters, random, batch
+            )
+            return (jax.tree.map(jnp.add, grads, more), loss + more_loss, tokens + more_tokens, random), None
+
+        zeros = jax.tree.map(jnp.zeros_like, state.adapters)
+        (grads, loss, tokens, random), _ = jax.lax.scan(
+            accumulate, (zeros, jnp.float32(0), jnp.int32(0), state.random), batches
+        )
+        tokens = jnp.maximum(tokens, 1)
+        loss, grads = loss / tokens, jax.tree.map(lambda g: g / tokens, grads)
+        updates, opt_state = self._transformation(state.numbers).update(
+            grads, state.opt_state, state.adapters
+        )
+        gradient_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
+        alive = finite & (state.diverged_at < 0)
+        stepped = state._replace(
+            adapters=optax.apply_updates(state.adapters, updates), opt_state=opt_state, random=random
+        )
+        new = jax.tree.map(lambda after, before: jnp.where(alive, after, before), stepped, state)
+        step = state.step + 1
+        new = new._replace(
+            step=step, diverged_at=jnp.where(finite | (state.diverged_at >= 0), state.diverged_at, step)
+        )
+        metrics = {"loss": loss, "gradient_norm": gradient_norm, "update_norm": update_norm}
+        metrics |= _balance_metrics(new)
+        return new, metrics
+
+    def _evaluate_member(self, state: TrainState, base: nnx.State, batch: Batch):
+        """Summed loss and number of predicted tokens of every row."""
+        losses, mask = token_losses(self.member_model(state, base), batch)
+        return losses.sum(axis=1), mask.sum(axis=1)
+
+
+def _balance_metrics(state: TrainState) -> dict[str, jax.Array]:
+    """Balancing gaps over the pairs, and how many pairs the projection left untouched, if there is one."""
+    pairs = find_pairs(state.adapters)
+    gaps = jnp.concatenate(map_factors(balancing_gap, read_pairs(state.adapters, pairs)))
+    metrics = {"gap_mean": gaps.mean(), "gap_worst": gaps.max()}
+    for name in ("untouched", "nonfinite"):
+        count = optax.tree.get(state.opt_state, name)
+        if count is not None:
+            metrics[name] = count
+    return metrics
