@@ -199,7 +199,7 @@ def _balance_flat(gauge: str):
 
     @jax.custom_batching.custom_vmap
     def run(lora_a, lora_b):
-        return lax.map(lambda pair: _balance_one(*pair, gauge), (lora_a, lora_b))
+        return lax.map(lambda pair: _balance_one(pair[0], pair[1], gauge), (lora_a, lora_b))
 
     @run.def_vmap
     def _(axis_size, in_batched, lora_a, lora_b):

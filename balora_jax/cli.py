@@ -44,15 +44,14 @@ def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError("run needs a config file: balora-jax run CONFIG")
     config, sweep = load_config(arguments[0])
-    config, sweep, output = apply_overrides(
-        config, sweep, arguments[1:], prog=f"balora-jax run {arguments[0]}"
-    )
+    config, sweep, output = apply_overrides(config, sweep, arguments[1:], prog=f"balora-jax run {arguments[0]}")
     from balora_jax.training import results, run  # heavy: after the cheap mistakes
 
     console = Console()
-    rows = run(config, sweep, output or Path("runs") / config.name, console)
-    console.print(results.table(rows))
-    console.print(f"record and figure: {output or Path('runs') / config.name}", highlight=False)
+    output = output or Path("runs") / config.name
+    rows = run(config, sweep, output, console)
+    console.print(results.table(rows), width=max(console.width, results.TABLE_WIDTH))
+    console.print(f"record: {output}, figure: {output / 'figure.png'}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -116,9 +115,8 @@ def _parse(config: Config, arguments: list[str], prog: str) -> Config:
         with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
             return tyro.cli(Config, default=config, args=arguments, prog=prog)
     except SystemExit:
-        lines = [line.strip("│╭╰╮╯ ").strip() for line in message.getvalue().splitlines()]
-        text = " ".join(line for line in lines[1:2] if line)
-        raise ConfigError(text or "the flags could not be parsed") from None
+        title, *lines = [line.strip("│╭╰╮╯─-| ") for line in message.getvalue().splitlines()]
+        raise ConfigError(next((line for line in lines if line), title)) from None
     finally:
         if width is None:
             del os.environ["COLUMNS"]

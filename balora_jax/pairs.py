@@ -220,9 +220,7 @@ def _resolved(pair: Pair, leaf_a, leaf_b) -> Pair:
     else:
         candidates = range(min(len(shape_a), len(shape_b)) - 1)
     fitting = [
-        n
-        for n in candidates
-        if len(shape_b) > n + 1 and shape_a[:n] == shape_b[:n] and shape_a[-1] == shape_b[n]
+        n for n in candidates if len(shape_b) > n + 1 and shape_a[:n] == shape_b[:n] and shape_a[-1] == shape_b[n]
     ]
     if pair.transposed and len(shape_a) != len(shape_b):
         fitting = []

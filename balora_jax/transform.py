@@ -20,7 +20,7 @@ class BaloraProjectState(NamedTuple):
       nonfinite: int32, pairs that it left as they came because they hold a NaN or an infinity.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     untouched: jax.Array
     nonfinite: jax.Array
 
@@ -81,19 +81,16 @@ def balora_project(
         found = find_pairs(params, pairs)
         old, steps = read_pairs(params, found), read_pairs(updates, found)
         moved = [
-            tuple(_add_wide(p, u) for p, u in zip(*both, strict=True))
-            for both in zip(old, steps, strict=True)
+            (_add_wide(old_a, step_a), _add_wide(old_b, step_b))
+            for (old_a, old_b), (step_a, step_b) in zip(old, steps, strict=True)
         ]
         balanced = map_factors(lambda a, b: balance_pair(a, b, gauge=gauge), moved)
         new_steps = []
-        for pair_old, pair_step, outcome in zip(old, steps, balanced, strict=True):
+        for (old_a, old_b), (step_a, step_b), outcome in zip(old, steps, balanced, strict=True):
             left = (outcome.deficient | outcome.nonfinite)[:, None, None]
-            new_steps.append(
-                tuple(
-                    jnp.where(left, u, (new - p).astype(u.dtype))
-                    for p, u, new in zip(pair_old, pair_step, (outcome.lora_a, outcome.lora_b), strict=True)
-                )
-            )
+            new_a = jnp.where(left, step_a, (outcome.lora_a - old_a).astype(step_a.dtype))
+            new_b = jnp.where(left, step_b, (outcome.lora_b - old_b).astype(step_b.dtype))
+            new_steps.append((new_a, new_b))
         untouched = sum(outcome.deficient.sum(dtype=jnp.int32) for outcome in balanced)
         nonfinite = sum(outcome.nonfinite.sum(dtype=jnp.int32) for outcome in balanced)
         return write_pairs(updates, found, new_steps), untouched, nonfinite

@@ -45,9 +45,7 @@ class Contraction:
         """Labels of the kernel that input and output share."""
         return "".join(c for c in self.kernel if c in self.inputs and c in self.outputs)
 
-    def factor_shapes(
-        self, kernel_shape: tuple[int, ...], rank: int
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def factor_shapes(self, kernel_shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns the shapes of the two factors; leading axes of the kernel beyond its labels stack layers."""
         stacked = kernel_shape[: len(kernel_shape) - len(self.kernel)]
         size = dict(zip(self.kernel, kernel_shape[len(stacked) :], strict=True))
@@ -89,9 +87,7 @@ def contraction_of(layer: nnx.Module) -> Contraction:
         return Contraction("...a", "ab", "...b")
     if isinstance(layer, nnx.LinearGeneral):
         if layer.batch_axis:
-            raise ValueError(
-                f"a LinearGeneral with batch_axis is not supported, got {dict(layer.batch_axis)}"
-            )
+            raise ValueError(f"a LinearGeneral with batch_axis is not supported, got {dict(layer.batch_axis)}")
         n_in, n_out = len(layer.in_features), len(layer.out_features)
         into, out = _LETTERS[:n_in], _LETTERS[n_in : n_in + n_out]
         axes = tuple(layer.axis)
@@ -110,6 +106,4 @@ def contraction_of(layer: nnx.Module) -> Contraction:
                 f"kernel and without the label {_RANK}, got {equation!r}"
             )
         return found
-    raise TypeError(
-        f"adapters go on nnx.Linear, nnx.LinearGeneral and nnx.Einsum, got {type(layer).__name__}"
-    )
+    raise TypeError(f"adapters go on nnx.Linear, nnx.LinearGeneral and nnx.Einsum, got {type(layer).__name__}")

@@ -1,7 +1,7 @@
 """LoRA over a frozen linear layer of Flax NNX."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ class LoRALinear(nnx.Module):
 
     def __init__(
         self,
-        base: nnx.Module,
+        base: Any,
         *,
         rank: int,
         alpha: float | None = None,
@@ -106,7 +106,7 @@ class LoRALinear(nnx.Module):
         self.lora_b = nnx.LoRAParam(jnp.zeros(shape_b, jnp.float32))
         scale = adapter_scale(rank if alpha is None else alpha, rank, scaling)
         self.scale = AdapterScale(jnp.full(stacked, scale, jnp.float32))
-        self.unmerged_kernel = nnx.data(None)
+        self.unmerged_kernel: UnmergedKernel | None = nnx.data(None)
         self.dropout = nnx.data(_dropout(dropout, stacked, rngs) if dropout else None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -137,6 +137,7 @@ class LoRALinear(nnx.Module):
     def unmerge(self) -> None:
         """Puts the base's kernel back as it was before `merge`, bit for bit."""
         if self.merged:
+            assert self.unmerged_kernel is not None
             self.base.kernel[...] = self.unmerged_kernel[...]
             self.unmerged_kernel = nnx.data(None)
             self.merged = False

@@ -115,9 +115,7 @@ def _matches(targets: str | Sequence[str], modules: dict[str, nnx.Module]) -> tu
         try:
             pattern = re.compile(targets)
         except re.error as error:
-            raise ValueError(
-                f"targets must be a regular expression or names, got {targets!r}: {error}"
-            ) from error
+            raise ValueError(f"targets must be a regular expression or names, got {targets!r}: {error}") from error
         matched = [path for path in layers if pattern.fullmatch(path)]
         if not matched:
             raise ValueError(f"targets {targets!r} matches no layer; there are {', '.join(layers) or 'none'}")
@@ -137,9 +135,7 @@ def _matches(targets: str | Sequence[str], modules: dict[str, nnx.Module]) -> tu
 
 
 def _holds_weights(module: nnx.Module) -> bool:
-    return isinstance(module, LoRALinear) or any(
-        isinstance(value, nnx.Param) for value in vars(module).values()
-    )
+    return isinstance(module, LoRALinear) or any(isinstance(value, nnx.Param) for value in vars(module).values())
 
 
 def _replace(model: nnx.Module, path: str, new: nnx.Module) -> None:

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,9 +69,9 @@ def _mathematics(settings: DataSettings) -> Splits:
     """
     if settings.path is None:
         modules = settings.modules or mathematics.MODULES
-        draw = {"difficulty": settings.difficulty, "seed": settings.seed}
-        train = mathematics.generate(modules, settings.train_examples, split="train", **draw)
-        evaluation = mathematics.generate(modules, settings.eval_examples, split="evaluation", **draw)
+        draw = partial(mathematics.generate, modules, difficulty=settings.difficulty, seed=settings.seed)
+        train = draw(settings.train_examples, split="train")
+        evaluation = draw(settings.eval_examples, split="evaluation")
     else:
         evaluation = _read_evenly(settings, ("interpolate",), settings.eval_examples)
         held_out = {example.question for example in evaluation}

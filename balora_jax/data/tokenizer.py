@@ -72,9 +72,7 @@ class CharTokenizer:
             if token == self.eos_id:
                 break
             if not 0 <= token < self.vocab_size:
-                raise ValueError(
-                    f"`ids` must be from 0 to {self.vocab_size - 1}, got {token} at position {position}"
-                )
+                raise ValueError(f"`ids` must be from 0 to {self.vocab_size - 1}, got {token} at position {position}")
             if token >= _SPECIALS:
                 characters.append(chr(token - _SPECIALS + _FIRST))
         return "".join(characters)

@@ -1,7 +1,7 @@
 """One decoder-only transformer for the Llama/Qwen family, with its layers stacked and scanned."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,10 +120,8 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-        dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
-        heads, kv_heads = (
-            n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
-        )
+        dtypes: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
+        heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         self.q_proj = nnx.Linear(config.hidden_size, heads, use_bias=config.qkv_bias, **dtypes)
         self.k_proj = nnx.Linear(config.hidden_size, kv_heads, use_bias=config.qkv_bias, **dtypes)
         self.v_proj = nnx.Linear(config.hidden_size, kv_heads, use_bias=config.qkv_bias, **dtypes)
@@ -154,7 +152,12 @@ class MLP(nnx.Module):
     """The gated SwiGLU MLP: `down(silu(gate(x)) * up(x))`."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype, "use_bias": False, "rngs": rngs}
+        dtypes: dict[str, Any] = {
+            "dtype": config.dtype,
+            "param_dtype": config.param_dtype,
+            "use_bias": False,
+            "rngs": rngs,
+        }
         self.gate_proj = nnx.Linear(config.hidden_size, config.intermediate_size, **dtypes)
         self.up_proj = nnx.Linear(config.hidden_size, config.intermediate_size, **dtypes)
         self.down_proj = nnx.Linear(config.intermediate_size, config.hidden_size, **dtypes)
@@ -168,7 +171,11 @@ class Block(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        norm = {"epsilon": config.rms_norm_eps, "dtype": config.dtype, "param_dtype": config.param_dtype}
+        norm: dict[str, Any] = {
+            "epsilon": config.rms_norm_eps,
+            "dtype": config.dtype,
+            "param_dtype": config.param_dtype,
+        }
         self.input_layernorm = nnx.RMSNorm(config.hidden_size, **norm, rngs=rngs)
         self.self_attn = Attention(config, rngs=rngs)
         self.post_attention_layernorm = nnx.RMSNorm(config.hidden_size, **norm, rngs=rngs)
@@ -190,7 +197,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-        dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
+        dtypes: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, **dtypes)
 
         @nnx.split_rngs(splits=config.num_hidden_layers)

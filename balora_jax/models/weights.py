@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from balora_jax.models.decoder import Decoder, DecoderConfig, RopeScaling
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 # What each family does that its config.json does not say.
-_FAMILIES = {
+_FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
     "qwen2": {"qkv_bias": True},
@@ -50,9 +51,7 @@ def read_config(folder: str | Path) -> DecoderConfig:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; a model folder must hold config.json and model.safetensors"
-        )
+        raise FileNotFoundError(f"{path} does not exist; a model folder must hold config.json and model.safetensors")
     fields = json.loads(path.read_text())
     family = fields.get("model_type")
     if family not in _FAMILIES:
@@ -61,9 +60,7 @@ def read_config(folder: str | Path) -> DecoderConfig:
         if fields.get(name, required) != required:
             raise ValueError(f"{path}: {name} must be {required!r}, got {fields[name]!r}: not implemented")
     if fields.get("sliding_window") and family == "mistral":
-        raise ValueError(
-            f"{path}: sliding_window must be null, got {fields['sliding_window']!r}: not implemented"
-        )
+        raise ValueError(f"{path}: sliding_window must be null, got {fields['sliding_window']!r}: not implemented")
     fields.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
     missing = [name for name in _SAME_NAME if fields.get(name) is None]
     if missing:
@@ -84,9 +81,7 @@ def _rope_scaling(rope: dict, path: Path) -> RopeScaling | None:
     if kind == "default":
         return None
     if kind != "llama3":
-        raise ValueError(
-            f"{path}: rope_scaling must be of type llama3 or absent, got {kind!r}: not implemented"
-        )
+        raise ValueError(f"{path}: rope_scaling must be of type llama3 or absent, got {kind!r}: not implemented")
     names = [field.name for field in dataclasses.fields(RopeScaling)]
     missing = [name for name in names if name not in rope]
     if missing:
@@ -122,9 +117,7 @@ def load_decoder(
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     path = Path(folder) / "model.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; a model folder must hold config.json and model.safetensors"
-        )
+        raise FileNotFoundError(f"{path} does not exist; a model folder must hold config.json and model.safetensors")
     state = nnx.state(model, nnx.Param)
     flat = dict(nnx.to_flat_state(state))
     try:
@@ -148,9 +141,7 @@ def save_decoder(model: Decoder, folder: str | Path) -> None:
     """
     config = model.config
     family = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
-    architecture = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[
-        family
-    ]
+    architecture = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[family]
     fields = {
         "architectures": [architecture],
         "model_type": family,
@@ -185,9 +176,7 @@ def _tensor_name(key: tuple, layer: int | None) -> tuple[str, bool]:
     return f"{prefix}{'.'.join(parents)}.{'bias' if leaf == 'bias' else 'weight'}", leaf == "kernel"
 
 
-def _read(
-    tensors, key: tuple, expected: jax.ShapeDtypeStruct, config: DecoderConfig, path: Path
-) -> np.ndarray:
+def _read(tensors, key: tuple, expected: jax.ShapeDtypeStruct, config: DecoderConfig, path: Path) -> np.ndarray:
     """One parameter from the file, its layers stacked."""
     stacked = key[0] == "layers"
     present = set(tensors.keys())

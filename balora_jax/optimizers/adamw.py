@@ -48,8 +48,12 @@ def learning_rate_schedule(settings: OptimizerSettings, steps: int) -> Callable[
     def rate(count):
         rising = jnp.minimum((count + 1.0) / warmup, 1.0) if warmup else 1.0
         done = jnp.clip((count - warmup) / decay, 0.0, 1.0)
-        shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done))}
-        return settings.learning_rate * rising * shape[settings.schedule]
+        shapes: dict[Schedule, jax.typing.ArrayLike] = {
+            "constant": 1.0,
+            "linear": 1.0 - done,
+            "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
+        }
+        return settings.learning_rate * rising * jnp.asarray(shapes[settings.schedule])
 
     return rate
 
@@ -65,7 +69,5 @@ def adamw(settings: OptimizerSettings, steps: int) -> optax.GradientTransformati
     rate = learning_rate_schedule(settings, steps)
     return optax.chain(
         clip,
-        optax.adamw(
-            rate, b1=settings.b1, b2=settings.b2, eps=settings.eps, weight_decay=settings.weight_decay
-        ),
+        optax.adamw(rate, b1=settings.b1, b2=settings.b2, eps=settings.eps, weight_decay=settings.weight_decay),
     )

@@ -143,13 +143,9 @@ def load_config(path: str | Path) -> tuple[Config, Sweep]:
     try:
         names = runpy.run_path(str(path))
     except Exception as error:
-        raise ConfigError(
-            f"{path} fails: {type(error).__name__}: {error}{_nearest_keyword(error)}"
-        ) from error
+        raise ConfigError(f"{path} fails: {type(error).__name__}: {error}{_nearest_keyword(error)}") from error
     if not isinstance(names.get("config"), Config):
-        raise ConfigError(
-            f"{path} must set `config` to a balora_jax.training.Config, got {names.get('config')!r}"
-        )
+        raise ConfigError(f"{path} must set `config` to a balora_jax.training.Config, got {names.get('config')!r}")
     return names["config"], names.get("sweep", {})
 
 
@@ -201,9 +197,7 @@ def with_field(config: Any, name: str, value: Any) -> Any:
     if isinstance(config, Config):
         get_field(config, name)
     first, _, rest = name.partition(".")
-    return dataclasses.replace(
-        config, **{first: with_field(getattr(config, first), rest, value) if rest else value}
-    )
+    return dataclasses.replace(config, **{first: with_field(getattr(config, first), rest, value) if rest else value})
 
 
 def field_names(config: Any = Config, prefix: str = "") -> tuple[str, ...]:
@@ -265,9 +259,7 @@ def _check_types(value: Any, prefix: str) -> None:
         name, hint, content = f"{prefix}{item.name}", hints[item.name], getattr(value, item.name)
         if not _has_type(content, hint):
             shown = getattr(hint, "__name__", None) if get_origin(hint) is None else None
-            raise ConfigError(
-                f"{name} must be of type {shown or str(hint).replace('typing.', '')}, got {content!r}"
-            )
+            raise ConfigError(f"{name} must be of type {shown or str(hint).replace('typing.', '')}, got {content!r}")
         if dataclasses.is_dataclass(content):
             _check_types(content, f"{name}.")
 

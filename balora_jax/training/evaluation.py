@@ -75,9 +75,7 @@ def evaluate_loss(program: Program, state: TrainState, examples: EvaluationSet, 
     return Losses(mean(slice(None)), {name: mean(examples.modules == name) for name in names})
 
 
-def generate_greedily(
-    model: Decoder, prompts: jax.Array, segment_ids: jax.Array, *, new_tokens: int, eos_id: int
-):
+def generate_greedily(model: Decoder, prompts: jax.Array, segment_ids: jax.Array, *, new_tokens: int, eos_id: int):
     """Continues prompts with the most likely token at each step, until all have ended.
 
     Args:

@@ -29,11 +29,7 @@ def loss_curves(directory: RunDirectory, rows: list[Record], path: Path) -> None
         steps = sorted(curves)
         colour = _COLOURS[index % len(_COLOURS)]
         best = ", ".join(f"{field.rsplit('.', 1)[-1]} {value:g}" for field, value in row["best"].items())
-        label = (
-            f"{row['population']} ({best}; n = {row['n']})"
-            if best
-            else f"{row['population']} (n = {row['n']})"
-        )
+        label = f"{row['population']} ({best}; n = {row['n']})" if best else f"{row['population']} (n = {row['n']})"
         axes.plot(steps, [statistics.median(curves[s]) for s in steps], color=colour, label=label)
         axes.fill_between(
             steps,

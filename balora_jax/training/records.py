@@ -58,17 +58,13 @@ class RunDirectory:
         if path.exists() and not path.is_dir():
             raise ConfigError(f"the output {path} must be a folder, but it is a file")
         if not config_file.exists() and path.is_dir() and any(path.iterdir()):
-            raise ConfigError(
-                f"the output folder {path} holds files but no config.json; choose an empty folder"
-            )
+            raise ConfigError(f"the output folder {path} holds files but no config.json; choose an empty folder")
         path.mkdir(parents=True, exist_ok=True)
         self._lock = (path / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RunError(
-                f"another process is working in {path}; wait for it or choose another --output"
-            ) from None
+            raise RunError(f"another process is working in {path}; wait for it or choose another --output") from None
         if config_file.exists():
             self._check_same(_parse(config_file), json.loads(json.dumps(resolved)))
         else:
@@ -125,9 +121,7 @@ class RunDirectory:
                 if number == len(lines):  # the process was killed while it wrote the line
                     _write_whole(self._metrics, "".join(lines[:-1]))
                     break
-                raise RunError(
-                    f"{self._metrics}, line {number} is not JSON ({error}); the record is broken"
-                ) from None
+                raise RunError(f"{self._metrics}, line {number} is not JSON ({error}); the record is broken") from None
         return records
 
     def _write_environment(self) -> None:
@@ -143,9 +137,7 @@ def environment() -> Record:
     def git(*arguments: str) -> str | None:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         try:
-            return subprocess.run(
-                command, capture_output=True, text=True, check=True, timeout=10
-            ).stdout.strip()
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return None
 
@@ -166,9 +158,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """A nested mapping as one with dotted keys."""
     if not isinstance(value, dict):
         return {prefix[:-1]: value}
-    return {
-        key: leaf for name, item in value.items() for key, leaf in _flat(item, f"{prefix}{name}.").items()
-    }
+    return {key: leaf for name, item in value.items() for key, leaf in _flat(item, f"{prefix}{name}.").items()}
 
 
 def _parse(file: Path) -> Any:

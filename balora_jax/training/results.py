@@ -4,15 +4,17 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from balora_jax.training.config import Config, get_field
 from balora_jax.training.records import Record, RunDirectory
 
+TABLE_WIDTH = 110
+"""Columns that the table needs."""
 
-def summarise(
-    directory: RunDirectory, members: Mapping[str, Config], axes: Mapping[str, Any]
-) -> list[Record]:
+
+def summarise(directory: RunDirectory, members: Mapping[str, Config], axes: Mapping[str, Any]) -> list[Record]:
     """Returns one row per group of runs that differ only in numbers and seeds: its best cell.
 
     A cell is what differs in its seed alone; the best is that with the lowest mean final evaluation loss among the
@@ -29,9 +31,7 @@ def summarise(
         fields = [name for name in axes[population] if name != "seed"]
         cells: dict[tuple, list[Record]] = {}
         for result in results:
-            cells.setdefault(tuple(get_field(members[result["member"]], f) for f in fields), []).append(
-                result
-            )
+            cells.setdefault(tuple(get_field(members[result["member"]], f) for f in fields), []).append(result)
         losses = {
             cell: statistics.fmean(r["evaluation_loss"] for r in runs)
             for cell, runs in cells.items()
@@ -67,22 +67,11 @@ def summarise(
 
 def table(rows: list[Record]) -> Table:
     """Returns the rows as a table for people."""
-    out = Table(
-        title="best cell of every method, by mean final evaluation loss; mean ± standard deviation over seeds"
-    )
-    for name in (
-        "method",
-        "best",
-        "evaluation loss",
-        "exact match",
-        "n",
-        "balancing gap",
-        "s / step",
-        "diverged",
-    ):
-        out.add_column(name, justify="left" if name in ("method", "best") else "right")
+    out = Table(box=box.SIMPLE_HEAD, caption_justify="left")
+    for name in ("method", "best", "evaluation loss", "exact match", "n", "gap", "ms / step", "diverged"):
+        out.add_column(name, justify="left" if name in ("method", "best") else "right", no_wrap=name != "best")
     for row in rows:
-        shared = (f"{row['step_seconds']:.4f}", f"{row['diverged']} of {row['runs']}")
+        shared = (f"{1000 * row['step_seconds']:.1f}", f"{row['diverged']} of {row['runs']}")
         if "best" not in row:
             out.add_row(row["population"], "every cell diverged", "", "", "0", "", *shared)
             continue
@@ -103,7 +92,8 @@ def table(rows: list[Record]) -> Table:
     bases = [row["base_loss"] for row in rows if "base_loss" in row]
     if bases:
         out.caption = (
-            f"evaluation loss before training: {bases[0]:.4f}; s / step is per run, in its population"
+            f"mean ± standard deviation over n seeds, at the cell of lowest mean evaluation loss; loss before training "
+            f"{bases[0]:.4f}; gap: relative balancing gap; ms / step: of one run, trained in its population"
         )
     return out
 

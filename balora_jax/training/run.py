@@ -1,6 +1,5 @@
 """A whole run: its members sorted into populations, each trained, evaluated and recorded; resumed where it stopped."""
 
-import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -10,12 +9,12 @@ from pathlib import Path
 import grain
 import jax
 import numpy as np
-from flax import nnx
 from rich.console import Console
 
 from balora_jax.data import recipes
 from balora_jax.data.batches import Arrays, batches, encode, pack, pad
 from balora_jax.data.recipes import DataSettings
+from balora_jax.models import Decoder
 from balora_jax.models.weights import load_decoder
 from balora_jax.training import figures, results
 from balora_jax.training.checkpoints import Checkpoints
@@ -28,7 +27,6 @@ from balora_jax.training.config import (
     expand,
     field_names,
     get_field,
-    with_field,
 )
 from balora_jax.training.evaluation import EvaluationSet, accuracies, evaluate_loss, generate_answers
 from balora_jax.training.progress import TrainingProgress
@@ -56,22 +54,17 @@ def run(config: Config, sweep: Sweep, output: Path, console: Console) -> list[di
     """
     populations = sort_into_populations(expand(config, sweep))
     everyone = {name: member for members in populations.values() for name, member in members.items()}
-    programs = {
-        name: _program(name, members) for name, members in populations.items()
-    }  # fails before files are made
+    programs = {name: _program(name, members) for name, members in populations.items()}  # fails before files are made
     directory = RunDirectory(output, everyone)
     try:
         for name, members in populations.items():
             if len(directory.of("result", population=name)) < len(members):
                 Trainer(name, members, programs[name], directory, console).train()
-        axes = {
-            name: results.numeric_axes(members.values(), NUMERIC_FIELDS)
-            for name, members in populations.items()
-        }
+        axes = {name: results.numeric_axes(members.values(), NUMERIC_FIELDS) for name, members in populations.items()}
         rows = results.summarise(directory, everyone, axes)
         (output / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
         with (output / "results.txt").open("w") as file:
-            Console(file=file, width=140).print(results.table(rows))
+            Console(file=file, width=results.TABLE_WIDTH).print(results.table(rows))
         figures.loss_curves(directory, rows, output / "figure.png")
     finally:
         directory.close()
@@ -89,9 +82,7 @@ def sort_into_populations(configs: Sequence[Config]) -> dict[str, Members]:
     for config in configs:
         parts = [_label(config, name) for name in structural if name != "method"]
         population = "-".join([config.method, *parts])
-        member = "-".join(
-            [population, *(_label(config, name) for name in differing if name in NUMERIC_FIELDS)]
-        )
+        member = "-".join([population, *(_label(config, name) for name in differing if name in NUMERIC_FIELDS)])
         populations.setdefault(population, {})[member] = config
     return populations
 
@@ -99,26 +90,20 @@ def sort_into_populations(configs: Sequence[Config]) -> dict[str, Members]:
 class Trainer:
     """Training of one population."""
 
-    def __init__(
-        self, name: str, members: Members, program: Program, directory: RunDirectory, console: Console
-    ):
+    def __init__(self, name: str, members: Members, program: Program, directory: RunDirectory, console: Console):
         self._name, self._members, self._program = name, members, program
         self._directory, self._console = directory, console
         self._config = next(iter(members.values()))
         self._train_arrays, self._examples, dropped = _data(self._config.data)
         if dropped:
-            console.print(
-                f"{name}: left out {dropped} examples of more than {self._config.data.length} tokens"
-            )
+            console.print(f"{name}: left out {dropped} examples of more than {self._config.data.length} tokens")
         seeds = sorted({member.seed for member in members.values()})
         self._iterators = {seed: self._batches(seed) for seed in seeds}
 
     def train(self) -> None:
         """Trains to the last step, from the latest checkpoint if there is one, and records the results."""
         settings = self._config.training
-        checkpoints = Checkpoints(
-            self._directory.path / "checkpoints" / self._name, keep=settings.keep_checkpoints
-        )
+        checkpoints = Checkpoints(self._directory.path / "checkpoints" / self._name, keep=settings.keep_checkpoints)
         try:
             state, first = self._resume(checkpoints)
             with TrainingProgress(self._console, self._name, settings.steps, first) as progress:
@@ -192,9 +177,7 @@ class Trainer:
         return float(np.nanmedian(np.where(np.isfinite(values["loss"]), values["loss"], np.nan)))
 
     def _evaluate(self, state: TrainState, step: int) -> None:
-        losses = evaluate_loss(
-            self._program, state, self._examples, batch_size=self._config.training.eval_batch_size
-        )
+        losses = evaluate_loss(self._program, state, self._examples, batch_size=self._config.training.eval_batch_size)
         self._directory.append(
             {
                 "kind": "evaluation",
@@ -215,9 +198,7 @@ class Trainer:
         diverged = np.asarray(state.diverged_at)
         records = []
         for index, member in enumerate(self._members):
-            evaluation = self._directory.of("evaluation", population=self._name, member=member, step=steps)[
-                -1
-            ]
+            evaluation = self._directory.of("evaluation", population=self._name, member=member, step=steps)[-1]
             last = self._directory.of("train", population=self._name, member=member, step=steps)[-1]
             accuracy = accuracies(texts[index], self._examples)
             records.append(
@@ -251,11 +232,9 @@ class Trainer:
 
 
 @cache
-def _base_model(settings: ModelSettings) -> nnx.Module:
+def _base_model(settings: ModelSettings) -> Decoder:
     try:
-        return load_decoder(
-            settings.path, dtype=settings.dtype, param_dtype=settings.param_dtype, remat=settings.remat
-        )
+        return load_decoder(settings.path, dtype=settings.dtype, param_dtype=settings.param_dtype, remat=settings.remat)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"model.path: {error}") from error
 
@@ -266,8 +245,7 @@ def _data(settings: DataSettings) -> tuple[Arrays, EvaluationSet, int]:
     try:
         splits = recipes.load(settings)
         train, held_out = (
-            encode(split, splits.tokenizer, max_length=settings.length)
-            for split in (splits.train, splits.evaluation)
+            encode(split, splits.tokenizer, max_length=settings.length) for split in (splits.train, splits.evaluation)
         )
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data: {error}") from error
@@ -291,8 +269,6 @@ def _program(name: str, members: Mapping[str, Config]) -> Program:
 
 def _label(config: Config, field: str) -> str:
     value = get_field(config, field)
-    if dataclasses.is_dataclass(value):
-        raise TypeError(f"{field} is not a leaf field")
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return f"{field.rsplit('.', 1)[-1]}={text.replace('/', '_')}"
 
@@ -301,6 +277,3 @@ def _number(value) -> float | int | str:
     """A JSON number; what JSON has no number for (nan, inf) becomes text."""
     value = value.item() if hasattr(value, "item") else value
     return value if isinstance(value, int) or np.isfinite(value) else str(value)
-
-
-__all__ = ["Trainer", "run", "sort_into_populations", "with_field"]

@@ -17,6 +17,7 @@ from flax import nnx
 from balora_jax.adapters import adapter_scale, add_adapters, iter_adapters
 from balora_jax.balance import balancing_gap
 from balora_jax.methods import get_method
+from balora_jax.models import Decoder
 from balora_jax.pairs import find_pairs, map_factors, read_pairs
 from balora_jax.training.config import NUMERIC_FIELDS, Config, get_field, with_field
 
@@ -73,7 +74,7 @@ class Program:
         base: the frozen parameters, shared by all members and passed to every function.
     """
 
-    def __init__(self, config: Config, base_model: nnx.Module):
+    def __init__(self, config: Config, base_model: Decoder):
         """Puts adapters on a copy of the model's structure; the base's arrays are shared, not copied.
 
         Raises:
@@ -85,7 +86,8 @@ class Program:
         self._bare = nnx.split(base_model)
         model = self._with_adapters(nnx.merge(*self._bare, copy=True), jax.random.key(0), jax.random.key(0))
         model.train()
-        self._train_graph, _, _, self.base = nnx.split(model, nnx.LoRAParam, nnx.RngState, ...)
+        self._train_graph, *states = nnx.split(model, nnx.LoRAParam, nnx.RngState, ...)
+        self.base: nnx.State = states[-1]
         model.eval()
         self._eval_graph = nnx.graphdef(model)
         self.init = jax.jit(jax.vmap(self._init_member, in_axes=(None, 0)))
@@ -95,14 +97,12 @@ class Program:
     def initial_state(self, members: Sequence[Config]) -> TrainState:
         """Returns the state of a population before its first step."""
         numbers = {
-            name: jnp.asarray(
-                [get_field(m, name) for m in members], jnp.uint32 if name == "seed" else jnp.float32
-            )
+            name: jnp.asarray([get_field(m, name) for m in members], jnp.uint32 if name == "seed" else jnp.float32)
             for name in NUMERIC_FIELDS
         }
         return self.init(self._bare[1], numbers)
 
-    def member_model(self, state: TrainState, base: nnx.State, *, training: bool = False) -> nnx.Module:
+    def member_model(self, state: TrainState, base: nnx.State, *, training: bool = False) -> Decoder:
         """Returns the model of one member: base, adapters and scale."""
         graph = self._train_graph if training else self._eval_graph
         model = nnx.merge(graph, state.adapters, state.random, base, copy=True)
@@ -113,9 +113,7 @@ class Program:
 
     def _with_adapters(self, model, adapter_key, dropout_key):
         settings = self.config.adapter
-        pattern = (
-            len(settings.targets) == 1 and not settings.targets[0].replace(".", "").replace("_", "").isalnum()
-        )
+        pattern = len(settings.targets) == 1 and not settings.targets[0].replace(".", "").replace("_", "").isalnum()
         add_adapters(
             model,
             targets=settings.targets[0] if pattern else settings.targets,
@@ -137,7 +135,7 @@ class Program:
         seed = numbers["seed"]
         model = nnx.merge(self._bare[0], bare, copy=True)
         model = self._with_adapters(model, named_key(seed, "adapters"), named_key(seed, "dropout"))
-        _, adapters, random, _ = nnx.split(model, nnx.LoRAParam, nnx.RngState, ...)
+        adapters, random = nnx.state(model, nnx.LoRAParam, nnx.RngState)
         opt_state = self._transformation(numbers).init(adapters)
         return TrainState(jnp.int32(0), numbers, adapters, opt_state, random, jnp.int32(-1))
 
@@ -162,9 +160,7 @@ class Program:
         )
         tokens = jnp.maximum(tokens, 1)
         loss, grads = loss / tokens, jax.tree.map(lambda g: g / tokens, grads)
-        updates, opt_state = self._transformation(state.numbers).update(
-            grads, state.opt_state, state.adapters
-        )
+        updates, opt_state = self._transformation(state.numbers).update(grads, state.opt_state, state.adapters)
         gradient_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
         alive = finite & (state.diverged_at < 0)
@@ -173,9 +169,7 @@ class Program:
         )
         new = jax.tree.map(lambda after, before: jnp.where(alive, after, before), stepped, state)
         step = state.step + 1
-        new = new._replace(
-            step=step, diverged_at=jnp.where(finite | (state.diverged_at >= 0), state.diverged_at, step)
-        )
+        new = new._replace(step=step, diverged_at=jnp.where(finite | (state.diverged_at >= 0), state.diverged_at, step))
         metrics = {"loss": loss, "gradient_norm": gradient_norm, "update_norm": update_norm}
         metrics |= _balance_metrics(new)
         return new, metrics

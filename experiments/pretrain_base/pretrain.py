@@ -65,6 +65,7 @@ CHUNK = 65_536
 
 
 def as_dataset(examples) -> datasets.Dataset:
+    """The examples with the columns that `encode` reads."""
     return datasets.Dataset.from_dict(
         {
             "module": [e.module for e in examples],
@@ -97,9 +98,8 @@ def token_losses(graphdef, params, batch):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Trains, evaluates and writes the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--batch-size", type=int, default=32, help=f"rows of {LENGTH} tokens")
@@ -109,9 +109,7 @@ def main():
 
     graphdef, params = nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(args.seed)))
     count = sum(x.size for x in jax.tree.leaves(params))
-    schedule = optax.warmup_cosine_decay_schedule(
-        0, args.learning_rate, 300, args.steps, args.learning_rate / 50
-    )
+    schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, 300, args.steps, args.learning_rate / 50)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05))
     opt_state = tx.init(params)
 
@@ -137,8 +135,7 @@ def main():
 
     def evaluate(params):
         parts = [
-            evaluate_batch(params, {k: v[i : i + 200] for k, v in held_out_arrays.items()})
-            for i in range(0, 2000, 200)
+            evaluate_batch(params, {k: v[i : i + 200] for k, v in held_out_arrays.items()}) for i in range(0, 2000, 200)
         ]
         loss, tokens, exact = (np.concatenate(p) for p in zip(*parts, strict=True))
         modules = np.array([e.module for e in held_out])

@@ -45,6 +45,4 @@ def differentiate(rng: random.Random, difficulty: int) -> Problem:
         answer = polynomial(derivative, variable)
         if len(answer) <= longest_answer(difficulty):
             break
-    return phrase(
-        rng, _FIRST if order == 1 else _SECOND, variable, polynomial(coefficients, variable)
-    ), answer
+    return phrase(rng, _FIRST if order == 1 else _SECOND, variable, polynomial(coefficients, variable)), answer

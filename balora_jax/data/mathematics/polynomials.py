@@ -122,9 +122,5 @@ def collect(rng: random.Random, difficulty: int) -> Problem:
             texts.append(term(c, power, variable))
         answer = polynomial(total, variable)
         # At least two terms must be alike, and not all be numbers.
-        if (
-            any(total[1:])
-            and sum(map(bool, total)) < len(texts)
-            and len(answer) <= longest_answer(difficulty)
-        ):
+        if any(total[1:]) and sum(map(bool, total)) < len(texts) and len(answer) <= longest_answer(difficulty):
             return phrase(rng, _COLLECT, join_terms(texts)), answer

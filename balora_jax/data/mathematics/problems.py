@@ -47,11 +47,7 @@ def check_difficulty(difficulty: int) -> int:
     Raises:
         ValueError: If `difficulty` is anything else.
     """
-    if (
-        not isinstance(difficulty, int)
-        or isinstance(difficulty, bool)
-        or not 1 <= difficulty <= MAX_DIFFICULTY
-    ):
+    if not isinstance(difficulty, int) or isinstance(difficulty, bool) or not 1 <= difficulty <= MAX_DIFFICULTY:
         raise ValueError(f"`difficulty` must be an integer from 1 to {MAX_DIFFICULTY}, got {difficulty!r}")
     return difficulty
 

@@ -62,9 +62,7 @@ def _read_file(path: Path, module: str, limit: int | None) -> list[Example]:
                 examples.append(Example(module, question, line.rstrip("\r\n")))
         else:
             if number % 2:
-                raise ValueError(
-                    f"{path}, line {number}: a question without an answer, as the lines are odd in number"
-                )
+                raise ValueError(f"{path}, line {number}: a question without an answer, as the lines are odd in number")
     return examples
 
 
