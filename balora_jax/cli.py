@@ -50,7 +50,7 @@ def _run(arguments: list[str]) -> int:
     console = Console()
     output = output or Path("runs") / config.name
     rows = run(config, sweep, output, console)
-    console.print(results.table(rows), width=max(console.width, results.TABLE_WIDTH))
+    Console(width=max(console.width, results.TABLE_WIDTH)).print(results.table(rows))
     console.print(f"record: {output}, figure: {output / 'figure.png'}", highlight=False, soft_wrap=True)
     return 0
 

@@ -78,11 +78,12 @@ def sort_into_populations(configs: Sequence[Config]) -> dict[str, Members]:
     """
     differing = [name for name in field_names() if len({get_field(config, name) for config in configs}) > 1]
     structural = [name for name in differing if name not in NUMERIC_FIELDS]
+    numeric = sorted((name for name in differing if name in NUMERIC_FIELDS), key="seed".__eq__)  # the seed last
     populations: dict[str, Members] = {}
     for config in configs:
         parts = [_label(config, name) for name in structural if name != "method"]
         population = "-".join([config.method, *parts])
-        member = "-".join([population, *(_label(config, name) for name in differing if name in NUMERIC_FIELDS)])
+        member = "-".join([population, *(_label(config, name) for name in numeric)])
         populations.setdefault(population, {})[member] = config
     return populations
 

@@ -1,0 +1,220 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from decoder_reference import CONFIGS, SIZES, random_decoder, reference_logits
+from flax import nnx
+
+from balora_jax.models import Decoder, DecoderConfig
+from balora_jax.training.evaluation import generate_greedily
+
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+VOCAB = SIZES["vocab_size"]
+
+
+def text(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, VOCAB, shape)
+
+
+@nnx.jit
+def compiled(model, tokens, positions, segment_ids):
+    return model(tokens, positions=positions, segment_ids=segment_ids)
+
+
+def forward(model, tokens, positions=None, segment_ids=None):
+    """The logits of up to 10 x 12 tokens, at that size so that one compilation serves all tests of a config."""
+    rows, length = tokens.shape
+    if positions is None:
+        positions = np.broadcast_to(np.arange(length), tokens.shape)
+    if segment_ids is None:
+        segment_ids = np.ones_like(tokens)
+    filled = [np.pad(x, ((0, 10 - rows), (0, 12 - length))) for x in (tokens, positions, segment_ids)]
+    return np.asarray(compiled(model, *filled))[:rows, :length]
+
+
+def close(found, expected, tolerance=1e-5):
+    """Asserts equality relative to the largest entry."""
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+@each_config
+def test_forward_is_the_definition(config):
+    model, tokens = random_decoder(config), text(4, 12)
+    close(forward(model, tokens), reference_logits(model, tokens))
+    positions = np.stack([np.arange(12) + 700, np.arange(12)[::-1] * 3, *text(2, 12, seed=1)])
+    segment_ids = np.sort(text(4, 12) % 3)
+    expected = reference_logits(model, tokens, positions, segment_ids)
+    close(forward(model, tokens, positions, segment_ids), expected)
+
+
+def test_positions_count_from_zero_and_a_row_is_one_text_by_default():
+    model, tokens = random_decoder(CONFIGS["llama3"]), text(2, 6)
+    logits = nnx.jit(lambda model, tokens: model(tokens))(model, tokens)
+    assert logits.dtype == jnp.float32
+    close(logits, reference_logits(model, tokens))
+
+
+PACKED = [
+    # segments and positions of one row of ten tokens
+    ([1, 1, 1, 1, 2, 2, 2, 2, 2, 0], [0, 1, 2, 3, 0, 1, 2, 3, 4, 0]),
+    ([0, 0, 1, 1, 1, 1, 1, 2, 2, 2], [0, 0, 0, 1, 2, 3, 4, 0, 1, 2]),
+    ([7, 7, 7, 7, 7, 7, 7, 7, 3, 0], [0, 1, 2, 3, 4, 5, 6, 7, 0, 0]),
+]
+
+
+@each_config
+def test_packed_texts_are_the_texts_alone(config):
+    model, tokens = random_decoder(config), text(len(PACKED), 10)
+    segment_ids, positions = (np.array(column) for column in zip(*PACKED, strict=True))
+    packed = forward(model, tokens, positions, segment_ids)
+    for row in range(len(PACKED)):
+        for segment in set(segment_ids[row]) - {0}:
+            where = segment_ids[row] == segment
+            close(packed[row, where], forward(model, tokens[row : row + 1, where])[0])
+
+
+@each_config
+def test_later_tokens_change_nothing_before_them(config):
+    model, tokens = random_decoder(config), text(1, 9)
+    rows = np.repeat(tokens, 10, axis=0)
+    for place in range(9):
+        rows[place, place] = (rows[place, place] + 1) % VOCAB
+    logits = forward(model, rows)
+    changed = np.abs(logits[:9] - logits[9]).max(-1) > 0
+    np.testing.assert_array_equal(changed, np.triu(np.ones((9, 9), bool)))
+
+
+def continuation(model, prompt, new_tokens, eos_id):
+    """Greedy generation without a cache: the whole text again for each token."""
+    row, length = np.zeros((1, 12), int), len(prompt)
+    row[0, :length] = prompt
+    for place in range(length, length + new_tokens):
+        row[0, place] = np.argmax(forward(model, row)[0, place - 1])
+        if row[0, place] == eos_id:
+            row[0, place:] = eos_id
+            break
+    return row[0, length : length + new_tokens]
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2"])
+def test_generation_from_a_cache_is_generation_without(name):
+    model, lengths = random_decoder(CONFIGS[name]), (3, 6, 1)
+    prompts, segment_ids = text(len(lengths), 6), np.zeros((len(lengths), 6), int)
+    for row, length in enumerate(lengths):
+        segment_ids[row, 6 - length :] = 1
+
+    def expected(eos_id):
+        return np.stack([continuation(model, p[6 - n :], 6, eos_id) for p, n in zip(prompts, lengths, strict=True)])
+
+    @nnx.jit
+    def found(model, eos_id):
+        return generate_greedily(model, prompts, segment_ids, new_tokens=6, eos_id=eos_id)
+
+    endless = expected(-1)
+    np.testing.assert_array_equal(found(model, -1), endless)
+    end = endless[1, 3]  # now let this token end a text
+    stopped = expected(end)
+    assert (stopped[1, 3:] == end).all()
+    np.testing.assert_array_equal(found(model, end), stopped)
+
+
+@nnx.jit
+def extend(model, tokens, cache):
+    hidden, cache = model.hidden_states(tokens, cache=cache)
+    return hidden, model.logits(hidden), cache
+
+
+def test_cache_takes_a_text_in_pieces():
+    model, tokens = random_decoder(CONFIGS["qwen3"]), text(2, 9)
+    cache, pieces = model.empty_cache(2, 12), []
+    for piece in np.split(tokens, [4, 5], axis=1):
+        _, logits, cache = extend(model, piece, cache)
+        pieces.append(logits)
+    close(np.concatenate(pieces, axis=1), forward(model, tokens))
+    assert int(cache.length) == 9
+    np.testing.assert_array_equal(cache.positions[:, :9], np.broadcast_to(np.arange(9), (2, 9)))
+    np.testing.assert_array_equal(cache.segment_ids, np.broadcast_to(np.arange(12) < 9, (2, 12)))
+
+
+def with_layers(layers, **changes):
+    return dataclasses.replace(CONFIGS["qwen3"], num_hidden_layers=layers, **changes)
+
+
+def loss_of(model, tokens):
+    return optax.softmax_cross_entropy_with_integer_labels(model(tokens)[:, :-1], tokens[:, 1:]).mean()
+
+
+def test_rematerialisation_changes_no_number():
+    tokens, outcomes = text(2, 9), []
+    for remat in (False, True):
+        model = random_decoder(with_layers(3, remat=remat))
+        outcomes.append(nnx.jit(nnx.value_and_grad(loss_of))(model, tokens))
+        graph, params = nnx.split(model)
+        traced = str(jax.make_jaxpr(jax.grad(lambda p, graph=graph: loss_of(nnx.merge(graph, p), tokens)))(params))
+        assert ("remat" in traced) == remat
+    (loss, grads), (again, again_grads) = outcomes
+    np.testing.assert_allclose(again, loss, rtol=1e-6)
+    for (path, grad), (_, other) in zip(nnx.to_flat_state(grads), nnx.to_flat_state(again_grads), strict=True):
+        assert np.abs(grad[...]).max() > 0, path
+        np.testing.assert_allclose(other[...], grad[...], rtol=1e-4, atol=1e-6, err_msg=str(path))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_program_does_not_grow_with_depth(remat):
+    def program_size(layers):
+        graph, params = nnx.split(random_decoder(with_layers(layers, remat=remat)))
+        step = jax.grad(lambda params: loss_of(nnx.merge(graph, params), text(1, 5)))
+        return len(jax.jit(step).lower(params).as_text().splitlines())
+
+    assert program_size(12) == program_size(2)
+
+
+@pytest.mark.parametrize(("name", "param_dtype"), [("llama", "float32"), ("qwen2", "bfloat16")])
+def test_bfloat16(name, param_dtype):
+    tokens = text(2, 9)
+    model = random_decoder(dataclasses.replace(CONFIGS[name], dtype="bfloat16", param_dtype=param_dtype))
+    assert {variable.dtype for variable in jax.tree.leaves(nnx.state(model))} == {jnp.dtype(param_dtype)}
+    hidden, logits, cache = extend(model, tokens, model.empty_cache(2, 9))
+    assert {hidden.dtype, cache.keys.dtype, cache.values.dtype} == {jnp.dtype("bfloat16")}
+    alone, _ = nnx.eval_shape(lambda model: model.hidden_states(tokens), model)
+    assert (alone.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
+    close(logits, reference_logits(model, tokens), 0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 3}, r"num_key_value_heads must divide num_attention_heads \(4\), got 3"),
+        ({"num_key_value_heads": 8}, "num_key_value_heads must divide .* got 8"),
+        ({"head_dim": 7}, "head_dim must be even .* got 7"),
+        *[({name: 0}, f"{name} must .* got 0") for name in SIZES],
+        *[({name: 0}, f"{name} must .* got 0") for name in ("num_attention_heads", "num_key_value_heads", "head_dim")],
+    ],
+)
+def test_bad_configs(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIGS["llama"], **changes)
+
+
+def test_fresh_decoder_has_the_parameters_of_its_config():
+    config = DecoderConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
+    shapes = {"/".join(map(str, path)): v.shape for path, v in nnx.to_flat_state(nnx.state(model))}
+    assert shapes == {
+        "embed_tokens/embedding": (29, 16),
+        "layers/input_layernorm/scale": (2, 16),
+        "layers/mlp/down_proj/kernel": (2, 24, 16),
+        "layers/mlp/gate_proj/kernel": (2, 16, 24),
+        "layers/mlp/up_proj/kernel": (2, 16, 24),
+        "layers/post_attention_layernorm/scale": (2, 16),
+        "layers/self_attn/k_proj/kernel": (2, 16, 16),
+        "layers/self_attn/o_proj/kernel": (2, 32, 16),
+        "layers/self_attn/q_proj/kernel": (2, 16, 32),
+        "layers/self_attn/v_proj/kernel": (2, 16, 16),
+        "norm/scale": (16,),
+    }
+    first, second = model.layers.self_attn.q_proj.kernel[...]
+    assert np.abs(first - second).max() > 0.1  # each layer has weights of its own

@@ -1,0 +1,167 @@
+"""Configs: files, sweeps, overrides, and the one-line errors of the command line."""
+
+import dataclasses
+import re
+
+import pytest
+
+from balora_jax.cli import apply_overrides, main
+from balora_jax.training import Config, ConfigError, load_config
+from balora_jax.training.config import check, expand, field_names, get_field, with_field
+
+BASE = Config(name="test")
+
+
+def write(folder, text):
+    file = folder / "config.py"
+    file.write_text(text)
+    return file
+
+
+HEAD = "from balora_jax.training import *\n"
+
+
+def test_load_config(tmp_path):
+    file = write(tmp_path, HEAD + "config = Config(name='x', method='balora')\nsweep = {'seed': (0, 1)}\n")
+    assert load_config(file) == (Config(name="x", method="balora"), {"seed": (0, 1)})
+
+
+def test_expand_takes_all_combinations_of_each_mapping():
+    sweep = [{"method": ("lora",), "seed": (0, 1)}, {"method": ("balora",), "adapter.rank": (2, 4)}]
+    runs = expand(BASE, sweep)
+    assert [(r.method, r.seed, r.adapter.rank) for r in runs] == [
+        ("lora", 0, 8),
+        ("lora", 1, 8),
+        ("balora", 0, 2),
+        ("balora", 0, 4),
+    ]
+    assert expand(BASE, {}) == (BASE,)
+
+
+def test_fields_by_dotted_names():
+    assert "optimizer.learning_rate" in field_names()
+    assert "optimizer" not in field_names()
+    changed = with_field(BASE, "optimizer.b1", 0.5)
+    assert get_field(changed, "optimizer.b1") == 0.5
+    assert changed == dataclasses.replace(BASE, optimizer=dataclasses.replace(BASE.optimizer, b1=0.5))
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "value"),
+    [
+        (["--optimizer.learning_rate", "3e-2"], "optimizer.learning_rate", 3e-2),
+        (["--optimizer.learning-rate=3e-2"], "optimizer.learning_rate", 3e-2),
+        (["--data.modules", "a", "b"], "data.modules", ("a", "b")),
+        (["--data.no-packing"], "data.packing", False),
+        (["--optimizer.clip_norm", "None"], "optimizer.clip_norm", None),
+        (["--method", "balora"], "method", "balora"),
+    ],
+)
+def test_override_sets_the_field_and_takes_it_out_of_the_sweep(flags, field, value):
+    sweep = {field: (get_field(BASE, field),), "seed": (0, 1)}
+    config, remaining, output = apply_overrides(BASE, sweep, flags)
+    assert get_field(config, field) == value
+    assert config == with_field(BASE, field, value)
+    assert remaining == [{"seed": (0, 1)}]
+    assert output is None
+
+
+def test_override_of_a_field_that_distinguishes_mappings_merges_them():
+    sweep = [{"method": ("lora",), "seed": (0,)}, {"method": ("balora",), "seed": (0,)}]
+    _, remaining, output = apply_overrides(BASE, sweep, ["--method", "rslora", "--output", "there"])
+    assert remaining == [{"seed": (0,)}]
+    assert str(output) == "there"
+
+
+BAD_FIELDS = [
+    ("method", "loora", "method must be one of .*did you mean 'lora'"),
+    ("adapter.rank", 0, "adapter.rank must be at least 1, got 0"),
+    ("adapter.rank", "8", "adapter.rank must be of type int, got '8'"),
+    ("adapter.rank", True, "adapter.rank must be of type int, got True"),
+    ("adapter.dropout", 1.0, "adapter.dropout must be at least 0 and below 1"),
+    ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate must be at least 0, got nan"),
+    ("optimizer.schedule", "cos", "optimizer.schedule must be of type .*got 'cos'"),
+    ("optimizer.clip_norm", 0.0, "optimizer.clip_norm must be positive or None"),
+    ("training.steps", 0, "training.steps must be at least 1"),
+    ("data.modules", ["a"], "data.modules must be of type tuple"),
+    ("data.difficulty", (1, "2"), "data.difficulty must be of type tuple"),
+    ("seed", -1, "seed must be from 0"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), BAD_FIELDS)
+def test_check_names_the_field(field, value, message):
+    check(BASE)
+    with pytest.raises(ConfigError, match=message):
+        check(with_field(BASE, field, value))
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ({"optimizer.lr": (1,)}, "there is no field optimizer.lr"),
+        ({"adapter.rnk": (1,)}, "did you mean adapter.rank"),
+        ({"seed": 3}, "seed must have a sequence of values, got 3"),
+        ({"method": "lora"}, "method must have a sequence of values"),
+        ({"seed": ()}, "seed must have a sequence of values"),
+        ({"seed": (1, 1)}, "holds a run twice"),
+        ([("seed", (1,))], "must map field names"),
+    ],
+)
+def test_bad_sweeps(sweep, message):
+    with pytest.raises(ConfigError, match=message):
+        expand(BASE, sweep)
+
+
+COMMAND_LINES = {
+    "no such command": (["trian"], "unknown command 'trian'"),
+    "no config": (["run"], "run needs a config file"),
+    "missing file": (["run", "{folder}/confg.py"], "did you mean .*config.py"),
+    "unknown field": (["run", "{file}", "--optimizer.lerning_rate", "1"], "did you mean optimizer.learning_rate"),
+    "field of another part": (["run", "{file}", "--learning_rate", "1"], "did you mean optimizer.learning_rate"),
+    "unknown method": (["run", "{file}", "--method", "balra"], "did you mean 'balora'"),
+    "bad type": (["run", "{file}", "--adapter.rank", "many"], "--adapter.rank.*'many'"),
+    "no value": (["run", "{file}", "--adapter.rank"], "--adapter.rank"),
+    "bad choice": (["run", "{file}", "--optimizer.schedule", "cos"], "'constant', 'linear', 'cosine'"),
+    "rank zero": (["run", "{file}", "--adapter.rank", "0"], "adapter.rank must be at least 1, got 0"),
+    "rank above the matrix": (["run", "{file}", "--adapter.rank", "17"], r"_proj: rank must be from 1 to 16 .*got 17"),
+    "unknown layer": (["run", "{file}", "--adapter.targets", "gat_proj"], "did you mean 'gate_proj'"),
+    "missing model": (["run", "{file}", "--model.path", "nowhere"], "model.path: nowhere must be a model folder"),
+    "missing data": (["run", "{file}", "--data.path", "nowhere"], "data: no folder nowhere"),
+    "unknown module": (["run", "{file}", "--data.modules", "algebra"], "data: .*'algebra'"),
+    "unknown recipe": (["run", "{file}", "--data.recipe", "mathematic"], "did you mean 'mathematics'"),
+    "too long": (["run", "{file}", "--data.length", "4"], "max_length must leave at least one example, got 4"),
+    "output without a folder": (["run", "{file}", "--output"], "--output needs a folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COMMAND_LINES)
+def test_wrong_command_lines_give_one_line_and_exit_code_2(case, config, tmp_path, capsys):
+    arguments, message = COMMAND_LINES[case]
+    imports = "from balora_jax.data.recipes import DataSettings\nfrom balora_jax.optimizers import OptimizerSettings\n"
+    file = write(tmp_path, f"{HEAD}{imports}config = {config!r}\n")
+    arguments = [a.format(file=file, folder=tmp_path) for a in arguments]
+    if "--output" not in arguments and arguments[-1] != "run" and len(arguments) > 2:
+        arguments += ["--output", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("balora-jax: error: ")
+    assert captured.err.count("\n") == 1
+    assert re.search(message, captured.err), captured.err
+    assert not (tmp_path / "out").exists(), "a wrong command leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("config = 3", "must set `config`"),
+        (HEAD + "config = Config(name='x', optimzer=3)", "did you mean 'optimizer'"),
+        (HEAD + "config = Config()", "missing 1 required positional argument: 'name'"),
+        ("import nonsense_module", "No module named 'nonsense_module'"),
+        ("config = (", "SyntaxError"),
+    ],
+)
+def test_wrong_config_files(text, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, text))

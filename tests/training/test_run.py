@@ -1,0 +1,261 @@
+"""Whole runs: what they leave on disk, interruption and resumption, and directories that cannot be used."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from balora_jax.cli import main
+from balora_jax.training import ConfigError, RunError, run
+from balora_jax.training.config import expand
+from balora_jax.training.records import RunDirectory
+from balora_jax.training.run import sort_into_populations
+
+SWEEP = {"method": ("lora", "balora"), "optimizer.learning_rate": (1e-3, 1e-2, 1e-1), "seed": (0, 1)}
+QUIET = Console(quiet=True)
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(lines):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """A finished run of the sweep: its folder and its rows."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    return folder, run(config, SWEEP, folder, QUIET)
+
+
+def test_run_leaves_a_complete_record(finished, config):
+    folder, rows = finished
+    lines = records(folder)
+    kinds = {kind: [line for line in lines if line["kind"] == kind] for kind in {line["kind"] for line in lines}}
+    members, steps = 12, config.training.steps
+    assert len(kinds["train"]) == members * steps
+    assert len(kinds["evaluation"]) == members * 3  # before, in the middle, at the end
+    assert len(kinds["result"]) == members
+    assert {"loss", "gradient_norm", "update_norm", "gap_mean", "gap_worst"} <= set(kinds["train"][0])
+    assert all("untouched" in line for line in kinds["train"] if line["population"] == "balora")
+    assert set(kinds["evaluation"][0]["by_module"]) == set(config.data.modules)
+    resolved = json.loads((folder / "config.json").read_text())
+    assert len(resolved) == members
+    assert resolved["balora-learning_rate=0.01-seed=1"]["optimizer"]["learning_rate"] == 0.01
+    (environment,) = json.loads((folder / "environment.json").read_text())
+    assert {"packages", "device", "commit", "command", "time"} <= set(environment)
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "results.txt").read_text().count("±") >= 4
+    for method in ("lora", "balora"):
+        assert sorted(os.listdir(folder / "checkpoints" / method)) == ["4", "6"]
+    assert [row["population"] for row in rows] == ["lora", "balora"]
+
+
+def test_rows_are_the_best_cells(finished):
+    folder, rows = finished
+    results = [line for line in records(folder) if line["kind"] == "result"]
+    for row in rows:
+        cells = {}
+        for line in results:
+            if line["population"] == row["population"]:
+                cells.setdefault(re.search(r"learning_rate=([^-]+(?:-\d+)?)", line["member"])[1], []).append(line)
+        means = {rate: np.mean([line["evaluation_loss"] for line in lines]) for rate, lines in cells.items()}
+        best = min(means, key=means.get)
+        assert row["best"] == {"optimizer.learning_rate": float(best)}
+        assert row["n"] == 2
+        assert row["diverged"] == 0
+        assert row["runs"] == 6
+        assert row["evaluation_loss"]["mean"] == pytest.approx(means[best])
+        assert row["evaluation_loss"]["std"] == pytest.approx(
+            np.std([line["evaluation_loss"] for line in cells[best]], ddof=1)
+        )
+        assert row["on_edge"] == (["optimizer.learning_rate"] if float(best) != 1e-2 else [])
+
+
+def test_balora_is_balanced_and_lora_is_not(finished):
+    lora, balora = finished[1]
+    assert balora["gap_mean"]["mean"] < 1e-5 < 1e-1 < lora["gap_mean"]["mean"]
+
+
+def test_finished_run_is_not_done_again(finished, config):
+    folder, rows = finished
+    before = (folder / "metrics.jsonl").read_text()
+    assert run(config, SWEEP, folder, QUIET) == rows
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_members_of_one_seed_see_the_same_data_in_every_method(finished):
+    first = {}
+    for line in records(finished[0]):
+        if line["kind"] == "train" and line["step"] == 1:
+            first.setdefault(line["member"].rsplit("seed=", 1)[1], set()).add(round(line["loss"], 5))
+    assert {seed: len(losses) for seed, losses in first.items()} == {"0": 1, "1": 1}
+    assert first["0"] != first["1"]
+
+
+def script(config, folder):
+    """A config file that rebuilds the tiny config, slow enough to be interrupted."""
+    file = folder / "tiny.py"
+    file.write_text(
+        "from balora_jax.data.recipes import DataSettings\n"
+        "from balora_jax.training import *\n"
+        "from balora_jax.optimizers import OptimizerSettings\n"
+        f"config = {config!r}\n"
+        'sweep = {"method": ("lora", "balora"), "seed": (0, 1)}\n'
+    )
+    return file
+
+
+def recorded_step(folder, method):
+    """The last training step of a method that has reached the disk."""
+    try:
+        text = (folder / "metrics.jsonl").read_text()
+    except FileNotFoundError:
+        return 0
+    steps = re.findall(rf'"kind": "train", "population": "{method}".*?"step": (\d+)', text)
+    return int(steps[-1]) if steps else 0
+
+
+def test_killed_run_goes_on_and_ends_with_the_same_numbers(config, tmp_path, capsys):
+    """Killed in its second population, between two checkpoints; dropout makes the random state matter."""
+    adapter = dataclasses.replace(config.adapter, dropout=0.3)
+    config = dataclasses.replace(config, adapter=adapter, training=dataclasses.replace(config.training, steps=12))
+    file = script(config, tmp_path)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(["run", str(file), "--output", str(whole)]) == 0
+    command = [sys.executable, "-m", "balora_jax.cli", "run", str(file), "--output", str(killed)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 250
+    while recorded_step(killed, "balora") < 5 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL, "the run ended before it was killed"
+    capsys.readouterr()
+    assert main(["run", str(file), "--output", str(killed)]) == 0
+    assert "balora: going on from step" in capsys.readouterr().out
+    assert without_time(records(killed)) == without_time(records(whole))
+
+
+@pytest.fixture
+def stopped(finished, tmp_path):
+    """A copy of the run as if it had been stopped in its second population, after the checkpoint of step 4."""
+    folder = tmp_path / "stopped"
+    shutil.copytree(finished[0], folder)
+    shutil.rmtree(folder / "checkpoints" / "balora" / "6")
+    kept = [r for r in records(folder) if r["population"] == "lora" or (r["kind"] != "result" and r["step"] <= 4)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
+    return folder
+
+
+def test_stopped_run_goes_on(stopped, finished, config):
+    run(config, SWEEP, stopped, QUIET)
+    assert without_time(records(stopped)) == without_time(records(finished[0]))
+
+
+def damage_nothing_left(folder):
+    shutil.rmtree(folder / "checkpoints" / "balora")
+
+
+def damage_truncated(folder):
+    for file in (folder / "checkpoints" / "balora" / "4" / "state").rglob("*"):
+        if file.is_file() and file.stat().st_size > 10:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def damage_one_file_missing(folder):
+    files = [f for f in (folder / "checkpoints" / "balora" / "4" / "state").rglob("*") if f.is_file()]
+    max(files, key=lambda file: file.stat().st_size).unlink()
+
+
+def damage_meta(folder):
+    file = folder / "checkpoints" / "balora" / "4" / "meta" / "metadata"
+    meta = json.loads(file.read_text())
+    file.write_text(json.dumps({**meta, "digest": "0" * 64}))
+
+
+def damage_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def damage_record(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines[3] = lines[3][:10]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_nothing_left, "tells of a checkpoint of balora at step 4"),
+        (damage_truncated, "balora/4 is broken"),
+        (damage_one_file_missing, "balora/4 is broken"),
+        (damage_meta, "balora/4 is broken .*not those that were saved"),
+        (damage_config, "config.json is not JSON"),
+        (damage_record, "metrics.jsonl, line 4 is not JSON"),
+    ],
+)
+def test_damage_is_reported(stopped, config, damage, message):
+    damage(stopped)
+    before = (stopped / "metrics.jsonl").read_text()
+    with pytest.raises(RunError, match=message):
+        run(config, SWEEP, stopped, QUIET)
+    assert (stopped / "metrics.jsonl").read_text() == before, "nothing may be lost"
+
+
+def test_half_a_line_at_the_end_is_forgiven(stopped, finished, config):
+    with (stopped / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tr')
+    run(config, SWEEP, stopped, QUIET)
+    assert without_time(records(stopped)) == without_time(records(finished[0]))
+
+
+def test_directory_of_another_config_is_refused(finished, config):
+    other = dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, rank=4))
+    with pytest.raises(ConfigError, match=r"adapter\.rank = 3, and not 4"):
+        run(other, SWEEP, finished[0], QUIET)
+    with pytest.raises(ConfigError, match="other members"):
+        run(config, {**SWEEP, "seed": (0,)}, finished[0], QUIET)
+
+
+def test_foreign_directory_is_refused(config, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match=r"holds files but no config\.json"):
+        run(config, SWEEP, tmp_path, QUIET)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_directory_in_use_is_refused(finished, config):
+    members = {name: m for p in sort_into_populations(expand(config, SWEEP)).values() for name, m in p.items()}
+    holder = RunDirectory(finished[0], members)
+    with pytest.raises(RunError, match="another process"):
+        run(config, SWEEP, finished[0], QUIET)
+    holder.close()
+
+
+def test_populations_differ_in_structure_and_members_in_numbers(config):
+    sweep = {"adapter.rank": (2, 3), "method": ("lora", "balora"), "seed": (0, 1), "adapter.alpha": (1.0, 2.0)}
+    populations = sort_into_populations(expand(config, sweep))
+    assert set(populations) == {"lora-rank=2", "lora-rank=3", "balora-rank=2", "balora-rank=3"}
+    assert set(populations["lora-rank=2"]) == {
+        f"lora-rank=2-alpha={alpha}-seed={seed}" for seed in (0, 1) for alpha in (1, 2)
+    }
+
+
+def test_diverged_cells_are_counted_and_never_best(config, tmp_path):
+    (row,) = run(config, {"optimizer.learning_rate": (1e-2, 1e12)}, tmp_path / "out", QUIET)
+    assert row["diverged"] == 1
+    assert row["runs"] == 2
+    assert row["best"] == {"optimizer.learning_rate": 1e-2}
+    statuses = {r["member"]: r["status"] for r in records(tmp_path / "out") if r["kind"] == "result"}
+    assert statuses == {"lora-learning_rate=0.01": "finished", "lora-learning_rate=1e+12": "diverged"}
