@@ -82,6 +82,7 @@ class TrainingSettings:
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: number of checkpoints kept.
         log_every: steps between writes of the metrics of every step.
+        members_at_once: runs of a population that are computed at the same time; None for all. Fewer need less memory.
     """
 
     steps: int = 1000
@@ -92,6 +93,7 @@ class TrainingSettings:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     log_every: int = 10
+    members_at_once: int | None = None
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,8 @@ def check(config: Config) -> None:
     for name in ("optimizer.b1", "optimizer.b2", "adapter.dropout"):
         if not 0 <= get_field(config, name) < 1:
             raise ConfigError(f"{name} must be at least 0 and below 1, got {get_field(config, name)}")
+    if config.training.members_at_once is not None and config.training.members_at_once < 1:
+        raise ConfigError(f"training.members_at_once must be at least 1 or None, got {config.training.members_at_once}")
     if config.optimizer.clip_norm is not None and not config.optimizer.clip_norm > 0:
         raise ConfigError(f"optimizer.clip_norm must be positive or None, got {config.optimizer.clip_norm}")
     if not 0 <= config.seed < 2**32:

@@ -1,7 +1,6 @@
 """Evaluation of a population: loss per example, and answers by batched greedy generation."""
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -134,15 +133,17 @@ def generate_answers(
         tokens[row, length - len(prompt) :] = prompt
         segment_ids[row, length - len(prompt) :] = 1
 
-    @partial(jax.vmap, in_axes=(0, None, None, None))
-    def member(state, base, tokens, segment_ids):
-        model = program.member_model(state, base)
-        return generate_greedily(model, tokens, segment_ids, new_tokens=new_tokens, eos_id=tokenizer.eos_id)
+    @jax.jit
+    def answer(states, base, tokens, segment_ids):
+        def member(state):
+            model = program.member_model(state, base)
+            return generate_greedily(model, tokens, segment_ids, new_tokens=new_tokens, eos_id=tokenizer.eos_id)
 
-    compiled = jax.jit(member)
+        return program.over_members(member, states)
+
     members: list[list[str]] = [[] for _ in range(state.step.shape[0])]
     for part, rows in _chunks(len(prompts), batch_size):
-        out = np.asarray(compiled(state, program.base, tokens[rows], segment_ids[rows]))[:, part]
+        out = np.asarray(answer(state, program.base, tokens[rows], segment_ids[rows]))[:, part]
         for texts, generated in zip(members, out, strict=True):
             texts += [tokenizer.decode(row.tolist()) for row in generated]
     return members

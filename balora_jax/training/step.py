@@ -6,7 +6,7 @@ of the states makes it the step of the population, with the frozen base shared.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -90,9 +90,8 @@ class Program:
         self.base: nnx.State = states[-1]
         model.eval()
         self._eval_graph = nnx.graphdef(model)
-        self.init = jax.jit(jax.vmap(self._init_member, in_axes=(None, 0)))
-        self.step = jax.jit(jax.vmap(self._step_member, in_axes=(0, None, 0)), donate_argnums=0)
-        self.evaluate = jax.jit(jax.vmap(self._evaluate_member, in_axes=(0, None, None)))
+        self.step = jax.jit(self._step, donate_argnums=0)
+        self.evaluate = jax.jit(self._evaluate)
 
     def initial_state(self, members: Sequence[Config]) -> TrainState:
         """Returns the state of a population before its first step."""
@@ -100,7 +99,19 @@ class Program:
             name: jnp.asarray([get_field(m, name) for m in members], jnp.uint32 if name == "seed" else jnp.float32)
             for name in NUMERIC_FIELDS
         }
-        return self.init(self._bare[1], numbers)
+        return jax.jit(jax.vmap(self._init_member, in_axes=(None, 0)))(self._bare[1], numbers)
+
+    def over_members(self, function: Callable, *arguments: Any) -> Any:
+        """Applies a function to every member, `training.members_at_once` at a time.
+
+        Args:
+            function: of one member.
+            *arguments: its arguments, with a leading axis of members.
+        """
+        limit, count = self.config.training.members_at_once, len(jax.tree.leaves(arguments)[0])
+        if limit is None or count <= limit:
+            return jax.vmap(function)(*arguments)
+        return jax.lax.map(lambda one: function(*one), arguments, batch_size=limit)
 
     def member_model(self, state: TrainState, base: nnx.State, *, training: bool = False) -> Decoder:
         """Returns the model of one member: base, adapters and scale."""
@@ -139,6 +150,19 @@ class Program:
         opt_state = self._transformation(numbers).init(adapters)
         return TrainState(jnp.int32(0), numbers, adapters, opt_state, random, jnp.int32(-1))
 
+    def _step(self, states: TrainState, base: nnx.State, batches: Batch) -> tuple[TrainState, dict]:
+        """One step of every member; arrays of `batches` are `(members, accumulate, rows, length)`."""
+        return self.over_members(lambda state, batch: self._step_member(state, base, batch), states, batches)
+
+    def _evaluate(self, states: TrainState, base: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Summed loss and number of predicted tokens, `(members, rows)`; all members see the same batch."""
+
+        def member(state):
+            losses, mask = token_losses(self.member_model(state, base), batch)
+            return losses.sum(axis=1), mask.sum(axis=1)
+
+        return self.over_members(member, states)
+
     def _step_member(self, state: TrainState, base: nnx.State, batches: Batch) -> tuple[TrainState, dict]:
         """One optimizer step on `accumulate` micro-batches, arrays `(accumulate, rows, length)`."""
 
@@ -173,11 +197,6 @@ class Program:
         metrics = {"loss": loss, "gradient_norm": gradient_norm, "update_norm": update_norm}
         metrics |= _balance_metrics(new)
         return new, metrics
-
-    def _evaluate_member(self, state: TrainState, base: nnx.State, batch: Batch):
-        """Summed loss and number of predicted tokens of every row."""
-        losses, mask = token_losses(self.member_model(state, base), batch)
-        return losses.sum(axis=1), mask.sum(axis=1)
 
 
 def _balance_metrics(state: TrainState) -> dict[str, jax.Array]:

@@ -19,9 +19,7 @@ DIFFICULTIES = range(1, 7)
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)
 def test_both_classes_have_questions_and_share_none(module, difficulty):
     train = {example.question for example in generate([module], 60, difficulty=difficulty, seed=1)}
-    evaluation = [
-        e.question for e in generate([module], 20, difficulty=difficulty, seed=2, split="evaluation")
-    ]
+    evaluation = [e.question for e in generate([module], 20, difficulty=difficulty, seed=2, split="evaluation")]
     assert len(set(evaluation)) == 20
     assert not train & set(evaluation)
     assert all(map(is_evaluation_question, evaluation))
@@ -79,9 +77,7 @@ def test_other_content_is_told_apart(first, second):
 
 
 def test_one_content_in_eight_is_for_evaluation():
-    share = np.mean(
-        [is_evaluation_question(f"What is {p} + {q}?") for p in range(100, 200) for q in range(200, 300)]
-    )
+    share = np.mean([is_evaluation_question(f"What is {p} + {q}?") for p in range(100, 200) for q in range(200, 300)])
     assert abs(share - 1 / 8) < 0.015
 
 
@@ -97,9 +93,7 @@ def test_same_examples_in_every_process(hash_seed):
         "print(hashlib.sha256(repr(examples).encode()).hexdigest())"
     )
     environment = os.environ | {"PYTHONHASHSEED": hash_seed, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == fingerprint(generate(MODULES, 400, difficulty=(1, 2, 5), seed=3))
 
 

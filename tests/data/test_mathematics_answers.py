@@ -336,10 +336,7 @@ CHECKS = {
     "polynomials__add": same_polynomial,
     "polynomials__collect": same_polynomial,
     "polynomials__expand": same_polynomial,
-} | {
-    name: lambda question, answer, solver=solver: solver(question) == answer
-    for name, solver in SOLVERS.items()
-}
+} | {name: lambda question, answer, solver=solver: solver(question) == answer for name, solver in SOLVERS.items()}
 
 
 def test_all_areas_are_there():

@@ -72,6 +72,15 @@ def test_member_equals_the_run_alone(members, method):
             np.testing.assert_allclose(joint[index], single[0], atol=2e-5)
 
 
+def test_members_at_once_changes_nothing_but_memory(members):
+    together, apart = ([members(training__members_at_once=n, seed=seed) for seed in range(3)] for n in (None, 2))
+    batch = batch_of(together[0], 2)
+    for one, other in zip(
+        *(arrays(train(configs, 3, batch)[1].adapters) for configs in (together, apart)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 def test_step_is_the_textbook_step(members):
     """One step of LoRA equals adamw on a model with adapters, written without any of the training code."""
     config = members(adapter__alpha=6.0, optimizer__learning_rate=1e-2)

@@ -1,0 +1,354 @@
+import itertools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import (
+    assert_same_product,
+    dense_svd_pair,
+    gap,
+    hyper_balanced,
+    mixed_pair,
+    nearest_pair,
+    same_bits,
+    symmetric_pair,
+)
+
+from balora_jax import GAUGES, balance, balance_pair, balancing_gap
+
+SHAPES = {"rank 1": (5, 1, 7), "tall": (24, 4, 10), "wide": (9, 8, 40), "square": (6, 6, 6), "rank 32": (64, 32, 48)}
+TALL = SHAPES["tall"]
+SCALES = {
+    "unit": (1, 1),
+    "far apart": (1e6, 1e-20),
+    "tiny": (1e-20, 1e-20),
+    "huge": (1e18, 1e18),
+    "opposite": (1e25, 1e-25),
+}
+
+
+def tolerance(dtype):
+    """Rounding of the arithmetic, in float32 or wider, and of the result."""
+    eps = float(jnp.finfo(dtype).eps)
+    return 20 * min(eps, 1.2e-7) + (eps if eps > 1e-6 else 0)
+
+
+def cosines(pair, new_pair):
+    """Cosines of the columns of the stacked factors `[A; B^T]`, both sides scaled to size 1 before."""
+
+    def stacked(pair):
+        a, b = (np.asarray(x, float) for x in pair)
+        columns = np.concatenate([a / np.linalg.norm(a), b.T / np.linalg.norm(b)])
+        return columns / np.linalg.norm(columns, axis=0)
+
+    return stacked(new_pair).T @ stacked(pair)
+
+
+def assert_balanced(pair, new_pair, gauge, limit):
+    assert_same_product(pair, new_pair, limit)
+    assert np.max(gap(*new_pair)) < limit
+    if gauge in ("svd", "raw_svd"):
+        a, b = (np.asarray(x, float) for x in new_pair)
+        for gram in (a.mT @ a, b @ b.mT):
+            diagonal = np.diagonal(gram, axis1=-2, axis2=-1)
+            assert np.all(np.linalg.norm(gram - diagonal[..., None] * np.eye(a.shape[-1])) < limit * gram.max())
+            if gauge == "raw_svd":
+                assert np.all(np.diff(diagonal, axis=-1) <= limit * gram.max())
+
+
+@pytest.mark.parametrize("gauge", GAUGES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_agrees_with_the_oracle(shape, gauge):
+    a, b = mixed_pair(*shape, seed=1)
+    new_a, new_b = (np.asarray(x, float) for x in balance(jnp.float32(a), jnp.float32(b), gauge=gauge))
+    assert_balanced((a, b), (new_a, new_b), gauge, 3e-6)
+    if gauge in ("nearest", "symmetric"):
+        oracle_a, oracle_b = {"nearest": nearest_pair, "symmetric": symmetric_pair}[gauge](a, b)
+    else:  # the columns up to their order and signs
+        oracle_a, oracle_b = dense_svd_pair(a, b)
+        order = np.argmax(np.abs(cosines((oracle_a, oracle_b), (new_a, new_b))), axis=1)
+        assert sorted(order) == list(range(shape[1]))
+        signs = np.sign(np.sum(new_a * oracle_a[:, order], axis=0))
+        oracle_a, oracle_b = oracle_a[:, order] * signs, signs[:, None] * oracle_b[order]
+    np.testing.assert_allclose(new_a, oracle_a, atol=1e-4 * np.abs(oracle_a).max())
+    np.testing.assert_allclose(new_b, oracle_b, atol=1e-4 * np.abs(oracle_b).max())
+
+
+@pytest.mark.parametrize("gauge", GAUGES)
+@pytest.mark.parametrize("leading", [(3,), (3, 1), (1, 3)])
+def test_leading_axes_are_independent_pairs(leading, gauge):
+    a, b = (jnp.float32(x) for x in mixed_pair(*TALL, leading=leading))
+    outcome = balance_pair(a, b, gauge=gauge)
+    assert outcome.deficient.shape == outcome.nonfinite.shape == leading
+    for at in np.ndindex(leading):
+        single = balance(a[at], b[at], gauge=gauge)
+        np.testing.assert_allclose(outcome.lora_a[at], single[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(outcome.lora_b[at], single[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gauge", GAUGES)
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_any_scale(scale, gauge):
+    a, b = mixed_pair(*TALL)
+    pair = [np.float32(x * s) for x, s in zip((a, b), scale, strict=True)]
+    outcome = balance_pair(*pair, gauge=gauge)
+    assert not outcome.deficient
+    root = np.sqrt(scale[0] * scale[1])
+    new_pair = [np.asarray(x, float) / root for x in outcome[:2]]
+    assert_balanced((a, b), new_pair, gauge, 3e-6)
+    assert float(balancing_gap(*outcome[:2])) < 3e-6
+
+
+@pytest.mark.parametrize("gauge", GAUGES)
+@pytest.mark.parametrize("values", [[1, 1, 1, 1], [4, 4, 1, 1]], ids=["all", "two by two"])
+def test_equal_singular_values(values, gauge):
+    a, b = hyper_balanced(TALL[0], TALL[2], values)
+    mix = np.array([[2, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0.5, 0], [1, 0, 0, 1]])
+    for pair in ((a, b), (a @ mix, np.linalg.solve(mix, b))):
+        assert_balanced(pair, balance(*map(jnp.float32, pair), gauge=gauge), gauge, 3e-6)
+
+
+@pytest.mark.parametrize("gauge", GAUGES)
+@pytest.mark.parametrize("spread", [1e2, 1e4, 1e5])
+def test_ill_conditioned_products(spread, gauge):
+    pair = mixed_pair(*TALL, spread=spread)
+    outcome = balance_pair(*map(jnp.float32, pair), gauge=gauge)
+    assert not outcome.deficient
+    assert_balanced(pair, outcome[:2], gauge, 1e-5)
+
+
+@pytest.mark.parametrize("gauge", GAUGES)
+@pytest.mark.parametrize("dtypes", [("bfloat16",) * 2, ("float16",) * 2, ("float32", "bfloat16"), ("float64",) * 2])
+def test_dtypes_are_kept(dtypes, gauge):
+    with jax.enable_x64("float64" in dtypes):
+        pair = [jnp.asarray(x, dtype) for x, dtype in zip(mixed_pair(*TALL), dtypes, strict=True)]
+        new_pair = balance(*pair, gauge=gauge)
+        assert tuple(str(x.dtype) for x in new_pair) == dtypes
+        limit = max(tolerance(dtype) for dtype in dtypes)
+        assert_same_product(pair, new_pair, limit)
+        assert gap(*new_pair) < limit
+        assert balancing_gap(*new_pair).dtype == (jnp.float64 if "float64" in dtypes else jnp.float32)
+
+
+def test_a_finite_pair_stays_finite():
+    a, b = jnp.full((4, 1), 6e4, jnp.float16), jnp.full((1, 4096), 6e4, jnp.float16)
+    assert all(jnp.isfinite(x).all() for x in balance(a, b))
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_svd_gauge_keeps_the_columns_of_a_hyper_balanced_pair(shape, scale):
+    rows, rank, columns = shape
+    rng = np.random.default_rng(rank)
+    a, b = hyper_balanced(rows, columns, np.geomspace(1, 30, rank))
+    for _ in range(3):
+        order, signs = rng.permutation(rank), rng.choice([-1, 1], rank)
+        pair = a[:, order] * signs, signs[:, None] * b[order]
+        new_pair = balance(*(np.float32(x * s) for x, s in zip(pair, scale, strict=True)))
+        for new, old in zip(new_pair, pair, strict=True):
+            np.testing.assert_allclose(np.asarray(new, float) / np.sqrt(scale[0] * scale[1]), old, atol=3e-5)
+
+
+def test_svd_gauge_takes_the_closest_order_and_signs():
+    """Among all signed permutations, for a pair that an optimizer's step has moved a little."""
+    rng = np.random.default_rng(3)
+    raw_differs = 0
+    for seed in range(5):
+        a, b = hyper_balanced(TALL[0], TALL[2], rng.permutation([8.0, 4.0, 2.0, 1.0]), seed=seed)
+        pair = [x + 0.03 * rng.standard_normal(x.shape) for x in (a, b)]
+        new_a, new_b = (np.asarray(x, float) for x in balance(*map(jnp.float32, pair)))
+
+        def distance(order, signs, pair=pair, new_a=new_a, new_b=new_b):
+            return np.linalg.norm(new_a[:, order] * signs - pair[0]) + np.linalg.norm(
+                (new_b[order].T * signs).T - pair[1]
+            )
+
+        others = [
+            distance(list(order), np.array(signs))
+            for order in itertools.permutations(range(4))
+            for signs in itertools.product([1, -1], repeat=4)
+        ]
+        assert distance([0, 1, 2, 3], np.ones(4)) == min(others)
+        raw_a, _ = balance(*map(jnp.float32, pair), gauge="raw_svd")
+        raw_differs += not np.allclose(raw_a, new_a, atol=1e-3)
+    assert raw_differs == 5  # the pairs above do need to be put in order
+
+
+def test_no_balanced_pair_is_nearer_than_the_nearest():
+    rng = np.random.default_rng(0)
+    a, b = mixed_pair(*TALL)
+    near_a, near_b = (np.asarray(x, float) for x in balance(jnp.float32(a), jnp.float32(b), gauge="nearest"))
+
+    def distance(new_a, new_b):
+        return np.linalg.norm(new_a - a) ** 2 + np.linalg.norm(new_b - b) ** 2
+
+    for size in (1e-2, 1e-1, 1, 10):
+        for _ in range(25):
+            skew = rng.standard_normal((4, 4)) * size
+            turn, _ = np.linalg.qr(np.eye(4) + (skew - skew.T))
+            turn *= np.sign(np.diag(turn)) if size < 1 else rng.choice([-1, 1], 4)
+            assert distance(near_a, near_b) < distance(near_a @ turn, turn.T @ near_b)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_symmetric_gauge_is_a_positive_definite_change(shape):
+    a, b = mixed_pair(*shape)
+    new_a, _ = balance(jnp.float32(a), jnp.float32(b), gauge="symmetric")
+    change = np.linalg.lstsq(a, np.asarray(new_a, float))[0]
+    np.testing.assert_allclose(change, change.T, atol=1e-4 * np.abs(change).max())
+    assert np.linalg.eigvalsh((change + change.T) / 2).min() > 0
+
+
+def deficient_pairs():
+    rng = np.random.default_rng(0)
+    rows, rank, columns = TALL
+    a, b = (x.astype(np.float32) for x in mixed_pair(*TALL))
+    half = np.float32(rng.standard_normal((rank, rank // 2)) @ rng.standard_normal((rank // 2, rank)))
+    hole = np.ones(rank, np.float32)
+    hole[1] = 0
+    left, right = np.array([1, 1, 0, 0], np.float32), np.array([1, 1, 0, 0], np.float32)[::-1]
+    return {
+        "B = 0": (a, 0 * b),
+        "A = 0": (0 * a, b),
+        "both 0": (0 * a, -0.0 * b),
+        "zero column of A": (a * hole, b),
+        "zero row of B": (a, hole[:, None] * b),
+        "A of rank r/2": (a @ half, b),
+        "B of rank r/2": (a, half @ b),
+        "A B = 0": (a * left, right[:, None] * b),
+        "r > a": (a[: rank - 1], b),
+        "r > b": (a, b[:, :1]),
+    }
+
+
+@pytest.mark.parametrize("gauge", GAUGES)
+@pytest.mark.parametrize("scale", [1, 1e-20, 1e15])
+@pytest.mark.parametrize("case", deficient_pairs())
+def test_a_product_that_lacks_rank_is_returned_as_it_came(case, scale, gauge):
+    pair = [np.float32(x * scale) for x in deficient_pairs()[case]]
+    outcome = balance_pair(*pair, gauge=gauge)
+    assert all(same_bits(new, old) for new, old in zip(outcome[:2], pair, strict=True))
+    assert outcome.deficient
+    assert not outcome.nonfinite
+
+
+@pytest.mark.parametrize("gauge", GAUGES)
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_nonfinite_pair_is_returned_as_it_came_and_alone(value, side, gauge):
+    clean = [np.float32(x) for x in mixed_pair(*TALL, leading=(3,))]
+    broken = [x.copy() for x in clean]
+    broken[side][1, 2, 3] = value
+    expected, outcome = balance_pair(*clean, gauge=gauge), balance_pair(*broken, gauge=gauge)
+    assert outcome.nonfinite.tolist() == [False, True, False]
+    assert not outcome.deficient.any()
+    for new, old, other in zip(outcome[:2], broken, expected[:2], strict=True):
+        assert same_bits(new[1], old[1])
+        assert same_bits(new[::2], other[::2])
+
+
+def over_vmap(a, b):
+    return jax.vmap(balance_pair)(a, b)
+
+
+def over_nested_vmap(a, b):
+    outcome = jax.jit(jax.vmap(jax.vmap(balance_pair)))(a[:, None], b[:, None])
+    return jax.tree.map(lambda x: x[:, 0], outcome)
+
+
+def over_scan(a, b):
+    return jax.lax.scan(lambda _, pair: (None, balance_pair(*pair)), None, (a, b))[1]
+
+
+TRANSFORMATIONS = [jax.jit(balance_pair), over_vmap, over_nested_vmap, over_scan]
+
+
+@pytest.mark.parametrize("transformed", TRANSFORMATIONS, ids=["jit", "vmap", "nested vmap", "scan"])
+def test_transformations_agree_with_the_plain_call(transformed):
+    a, b = (jnp.float32(x) for x in mixed_pair(*TALL, leading=(3,)))
+    b = b.at[1].set(0)
+    expected, outcome = balance_pair(a, b), transformed(a, b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), outcome, expected)
+    assert outcome.deficient.tolist() == [False, True, False]
+    assert jax.eval_shape(transformed, a, b) == jax.eval_shape(lambda: expected)
+
+
+@pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (2, None)])
+def test_vmap_over_one_factor(in_axes):
+    a, b = (jnp.float32(x) for x in mixed_pair(*TALL, leading=(3,)))
+    factors = [
+        x[0] if axis is None else jnp.moveaxis(x, 0, axis) for x, axis in zip((a, b), in_axes, strict=True)
+    ]
+    outcome = jax.vmap(balance, in_axes=in_axes)(*factors)
+    for i in range(3):
+        single = balance(*(x[0] if axis is None else x[i] for x, axis in zip((a, b), in_axes, strict=True)))
+        for new, old in zip(outcome, single, strict=True):
+            np.testing.assert_allclose(new[i], old, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gauge", GAUGES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_traces_under_strict_promotion(dtype, gauge):
+    factors = [jax.ShapeDtypeStruct((2, *shape), dtype) for shape in ((12, 5), (5, 9))]
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        outcome = jax.eval_shape(lambda a, b: balance(a, b, gauge=gauge), *factors)
+        jax.eval_shape(balancing_gap, *factors)
+    assert outcome == tuple(factors)
+
+
+A, B = jnp.ones((6, 2)), jnp.ones((2, 5))
+ERRORS = {
+    "one axis": ((jnp.ones(6), B), {}, ValueError, "`lora_a`.*two axes.*(6,)"),
+    "ranks differ": ((A, jnp.ones((3, 5))), {}, ValueError, r"`lora_a`.*`lora_b`.*rank.*\(6, 2\).*\(3, 5\)"),
+    "leading axes differ": ((jnp.ones((4, 6, 2)), B), {}, ValueError, r"leading axes.*\(4, 6, 2\).*\(2, 5\)"),
+    "empty": ((jnp.ones((0, 2)), B), {}, ValueError, r"empty.*\(0, 2\)"),
+    "integers": ((A, jnp.ones((2, 5), int)), {}, TypeError, "`lora_b`.*floating.*int32"),
+    "complex": ((A.astype(complex), B), {}, TypeError, "`lora_a`.*floating.*complex64"),
+    "unknown gauge": ((A, B), {"gauge": "svdd"}, ValueError, "gauge must be one of svd, raw_svd.*'svdd'"),
+    "gauge of another type": ((A, B), {"gauge": None}, TypeError, "gauge must be one of svd, raw_svd.*None"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_name_the_argument(case):
+    factors, options, error, message = ERRORS[case]
+    functions = [balance, balance_pair] + ([] if options else [balancing_gap])
+    for function in functions:
+        with pytest.raises(error, match=message):
+            function(*factors, **options)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("relative", [True, False])
+def test_gap_agrees_with_numpy(relative, shape):
+    a, b = mixed_pair(*shape, leading=(2,))
+    found = balancing_gap(jnp.float32(a), jnp.float32(b), relative=relative)
+    np.testing.assert_allclose(found, gap(a, b, relative=relative), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("factors", "expected"), [((0, 0), 0), ((1, 0), 1), ((0, 1), 1), ((1, 1), 0.25)])
+@pytest.mark.parametrize("scale", [1, 1e-25, 1e25])
+def test_gap_of_simple_pairs(factors, expected, scale):
+    a, b = factors[0] * scale * jnp.ones((5, 1)), factors[1] * scale * jnp.ones((1, 3))
+    assert float(balancing_gap(a, b)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("wrapper", ["", "jax.vmap"])
+def test_many_pairs_of_several_shapes_do_not_deadlock(wrapper):
+    code = f"""
+import jax, numpy as np
+from balora_jax import balance, balancing_gap
+rng = np.random.default_rng(0)
+pairs = [(np.float32(rng.standard_normal((36, a, 32))), np.float32(rng.standard_normal((36, 32, b))))
+         for a, b in ((64, 48), (48, 64), (56, 56))]
+step = jax.jit(lambda pairs: [{wrapper}(balance)(*pair) for pair in pairs])
+for _ in range(5):
+    pairs = jax.block_until_ready(step(pairs))
+print(max(float(balancing_gap(*pair).max()) for pair in pairs))
+"""
+    finished = subprocess.run([sys.executable, "-c", code], timeout=90, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert float(finished.stdout) < 1e-5

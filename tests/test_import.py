@@ -1,0 +1,29 @@
+"""The core needs jax and optax alone."""
+
+import subprocess
+import sys
+
+import balora_jax
+
+HEAVY = ("flax", "datasets", "transformers", "orbax", "grain", "matplotlib", "tyro")
+
+
+def test_core_imports_and_works_without_the_heavy_packages():
+    code = f"""
+import sys
+for name in {HEAVY}: sys.modules[name] = None
+import jax.numpy as jnp, optax
+from balora_jax import *
+tx = optax.chain(optax.adam(0.1), balora_project())
+params = {{"lora_a": jnp.eye(5, 2), "lora_b": 3 * jnp.eye(2, 4)}}
+updates, _ = tx.update(params, tx.init(params), params)
+print(float(balancing_gap(*optax.apply_updates(params, updates).values())))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 1e-5
+
+
+def test_public_names_exist():
+    assert all(hasattr(balora_jax, name) for name in balora_jax.__all__)
+    assert list(balora_jax.__all__) == sorted(balora_jax.__all__, key=lambda n: (not n.isupper(), n[0].islower(), n))

@@ -1,0 +1,85 @@
+"""Evaluation: losses per module, and answers that are what the model would say token by token."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from balora_jax.models.weights import load_decoder
+from balora_jax.training.evaluation import accuracies, evaluate_loss, generate_answers, generate_greedily
+from balora_jax.training.run import _data
+from balora_jax.training.step import Program, token_losses
+
+
+@pytest.fixture(scope="module")
+def population(config):
+    """Two members with adapters that matter, one of them far from the base, and the evaluation examples."""
+    configs = [config, dataclasses.replace(config, seed=1)]
+    program = Program(config, load_decoder(config.model.path))
+    state = program.initial_state(configs)
+    noise = [jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(jax.tree.leaves(state.adapters))]
+    adapters = jax.tree.unflatten(jax.tree.structure(state.adapters), [0.3 * x for x in noise])
+    return program, state._replace(adapters=adapters), _data(config.data)[1]
+
+
+def member(population, index):
+    program, state, _ = population
+    return program.member_model(jax.tree.map(lambda x: x[index], state), program.base)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 10, 64])
+def test_losses_do_not_depend_on_the_batches(population, batch_size):
+    program, state, examples = population
+    found = evaluate_loss(program, state, examples, batch_size=batch_size)
+    for index in range(2):
+        losses, mask = map(np.asarray, token_losses(member(population, index), examples.arrays))
+        assert found.total[index] == pytest.approx(losses.sum() / mask.sum(), rel=1e-5)
+        for name, loss in found.by_module.items():
+            rows = examples.modules == name
+            assert loss[index] == pytest.approx(losses[rows].sum() / mask[rows].sum(), rel=1e-5)
+
+
+def greedy_without_cache(model, prompt, new_tokens, eos):
+    tokens = list(prompt)
+    for _ in range(new_tokens):
+        tokens.append(int(model(jnp.asarray([tokens]))[0, -1].argmax()))
+        if tokens[-1] == eos:
+            break
+    return tokens[len(prompt) :]
+
+
+def test_generation_with_cache_and_padding_equals_one_text_at_a_time(population):
+    program, state, examples = population
+    answers = generate_answers(program, state, examples, batch_size=4)
+    encoded, tokenizer = examples.encoded, examples.tokenizer
+    longest = max(len(t) - n for t, n in zip(encoded.tokens, encoded.prompt_lengths, strict=True))
+    for index in range(2):
+        model = member(population, index)
+        for row in (0, 3, 9):
+            prompt = encoded.tokens[row][: encoded.prompt_lengths[row]]
+            expected = greedy_without_cache(model, prompt, longest, tokenizer.eos_id)
+            assert answers[index][row] == tokenizer.decode(expected)
+
+
+def test_generation_stops_at_the_end_token(population):
+    model = member(population, 0)
+    prompts = jnp.asarray([[1, 50, 60], [1, 40, 30]])
+    free = np.asarray(generate_greedily(model, prompts, jnp.ones_like(prompts), new_tokens=6, eos_id=-1))
+    eos = int(free[0, 2])
+    stopped = np.asarray(generate_greedily(model, prompts, jnp.ones_like(prompts), new_tokens=6, eos_id=eos))
+    for row, whole in zip(stopped, free, strict=True):
+        end = int(np.argmax(whole == eos)) if eos in whole else 6
+        np.testing.assert_array_equal(row[:end], whole[:end])
+        assert (row[end:] == eos).all()
+
+
+def test_accuracy_by_module(population):
+    examples = population[2]
+    texts = examples.answers.copy()
+    texts[0] += "0"
+    shares = accuracies(texts.tolist(), examples)
+    assert shares["all"] == pytest.approx(1 - 1 / len(texts))
+    assert shares[examples.modules[0]] == pytest.approx(1 - 1 / np.sum(examples.modules == examples.modules[0]))
+    assert {v for k, v in shares.items() if k not in ("all", examples.modules[0])} == {1.0}
