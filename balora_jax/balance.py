@@ -22,10 +22,10 @@ class Balanced(NamedTuple):
     """The outcome of `balance_pair`.
 
     Attributes:
-      lora_a: `(..., a, r)`, the new left factor.
-      lora_b: `(..., r, b)`, the new right factor.
-      deficient: `(...)` bool, the product's rank is numerically below `r`; the pair was left as it came.
-      nonfinite: `(...)` bool, the pair holds a NaN or an infinity; it was left as it came.
+        lora_a: `(..., a, r)`, the new left factor.
+        lora_b: `(..., r, b)`, the new right factor.
+        deficient: `(...)` bool, the product's rank is numerically below `r`; the pair was left as it came.
+        nonfinite: `(...)` bool, the pair holds a NaN or an infinity; it was left as it came.
     """
 
     lora_a: jax.Array
@@ -42,30 +42,30 @@ def balance(lora_a: jax.Array, lora_b: jax.Array, *, gauge: Gauge = "svd") -> tu
     it by one r x r rotation, which the gauge chooses.
 
     Args:
-      lora_a: `(..., a, r)` left factor, floating point.
-      lora_b: `(..., r, b)` right factor with the same leading axes.
-      gauge: which of the balanced pairs to return.
+        lora_a: `(..., a, r)` left factor, floating point.
+        lora_b: `(..., r, b)` right factor with the same leading axes.
+        gauge: which of the balanced pairs to return.
 
-        * `"svd"`: diagonal Gram matrices; columns ordered and signed as those of the incoming pair, so that an
-          optimizer's per-entry state keeps its meaning.
-        * `"raw_svd"`: diagonal Gram matrices; singular values descend, signs as the backend's SVD returns them (the
-          paper's projection, kept for comparison).
-        * `"nearest"`: the balanced pair closest to the incoming one in the Frobenius norm.
-        * `"symmetric"`: `(A T, T^-1 B)` with `T` symmetric positive definite, the square root of the
-          optimal-transport map between the Gaussians with covariances `A^T A` and `B B^T`.
+            * `"svd"`: diagonal Gram matrices; columns ordered and signed as those of the incoming pair, so that an
+              optimizer's per-entry state keeps its meaning.
+            * `"raw_svd"`: diagonal Gram matrices; singular values descend, signs as the backend's SVD returns them (the
+              paper's projection, kept for comparison).
+            * `"nearest"`: the balanced pair closest to the incoming one in the Frobenius norm.
+            * `"symmetric"`: `(A T, T^-1 B)` with `T` symmetric positive definite, the square root of the
+              optimal-transport map between the Gaussians with covariances `A^T A` and `B B^T`.
 
     Returns:
-      The two factors in the shapes and dtypes of the inputs. A pair whose product has numerical rank below `r` (a
-      fresh adapter with `B = 0`, say) has no balanced form that keeps every direction trainable and is returned
-      unchanged; so is a pair with a NaN or an infinity. `balance_pair` tells which.
+        The two factors in the shapes and dtypes of the inputs. A pair whose product has numerical rank below `r` (a
+        fresh adapter with `B = 0`, say) has no balanced form that keeps every direction trainable and is returned
+        unchanged; so is a pair with a NaN or an infinity. `balance_pair` tells which.
 
     Raises:
-      TypeError: a factor is not a floating-point array, or the gauge is not a string.
-      ValueError: the shapes do not form pairs, or the gauge is unknown.
+        TypeError: a factor is not a floating-point array, or the gauge is not a string.
+        ValueError: the shapes do not form pairs, or the gauge is unknown.
 
     Notes:
-      Costs O((a + b) r^2) per pair. Runs in float32 or wider and returns the input's dtype; half-precision factors
-      lose about three digits of balance when they are rounded back.
+        Costs O((a + b) r^2) per pair. Runs in float32 or wider and returns the input's dtype; half-precision factors
+        lose about three digits of balance when they are rounded back.
 
     Source: arXiv 2605.31484 (the projection onto the hyper-balanced set).
 
@@ -84,16 +84,16 @@ def balance_pair(lora_a: jax.Array, lora_b: jax.Array, *, gauge: Gauge = "svd") 
     """As `balance`, and tells which pairs were left untouched and why.
 
     Args:
-      lora_a: `(..., a, r)` left factor, floating point.
-      lora_b: `(..., r, b)` right factor with the same leading axes.
-      gauge: as for `balance`.
+        lora_a: `(..., a, r)` left factor, floating point.
+        lora_b: `(..., r, b)` right factor with the same leading axes.
+        gauge: as for `balance`.
 
     Returns:
-      A `Balanced` with flags of the leading shape.
+        A `Balanced` with flags of the leading shape.
 
     Raises:
-      TypeError: as for `balance`.
-      ValueError: as for `balance`.
+        TypeError: as for `balance`.
+        ValueError: as for `balance`.
     """
     check_gauge(gauge)
     lora_a, lora_b = _checked(lora_a, lora_b)
@@ -122,17 +122,17 @@ def balancing_gap(lora_a: jax.Array, lora_b: jax.Array, *, relative: bool = True
     """Returns how far a pair is from balance: `||A^T A - B B^T||_F / (||A^T A||_F + ||B B^T||_F)`.
 
     Args:
-      lora_a: `(..., a, r)` left factor, floating point.
-      lora_b: `(..., r, b)` right factor with the same leading axes.
-      relative: whether to divide by the size of the Gram matrices, which gives a number between 0 (balanced) and 1
-        (one factor vanishes against the other).
+        lora_a: `(..., a, r)` left factor, floating point.
+        lora_b: `(..., r, b)` right factor with the same leading axes.
+        relative: whether to divide by the size of the Gram matrices, which gives a number between 0 (balanced) and 1
+            (one factor vanishes against the other).
 
     Returns:
-      `(...)` in float32 or wider. The relative gap of a pair of zeros is 0.
+        `(...)` in float32 or wider. The relative gap of a pair of zeros is 0.
 
     Raises:
-      TypeError: a factor is not a floating-point array.
-      ValueError: the shapes do not form pairs.
+        TypeError: a factor is not a floating-point array.
+        ValueError: the shapes do not form pairs.
 
     >>> float(balancing_gap(jnp.ones((3, 1)), jnp.zeros((1, 5))))
     1.0
@@ -258,9 +258,9 @@ def _signed_permutation(overlap, new_size, incoming_size):
     that prefer each other are taken at once.
 
     Args:
-      overlap: `(new, incoming)` inner products of the columns of the stacked factors `[A; B^T]`.
-      new_size: `(new,)` squared norms of the new columns, positive.
-      incoming_size: `(incoming,)` squared norms of the incoming columns.
+        overlap: `(new, incoming)` inner products of the columns of the stacked factors `[A; B^T]`.
+        new_size: `(new,)` squared norms of the new columns, positive.
+        incoming_size: `(incoming,)` squared norms of the incoming columns.
     """
     rank = overlap.shape[0]
     incoming_norm = jnp.sqrt(jnp.where(incoming_size > 0, incoming_size, 1))

@@ -27,10 +27,10 @@ class Pair:
     """Where the two factors of one adapter (or of a stack of them) stand in a tree, and how to read them.
 
     Attributes:
-      path_a: path of the left factor, keys joined by `/`.
-      path_b: path of the right factor.
-      transposed: whether the leaves hold `A^T (r, a)` and `B^T (b, r)`, as PEFT's do.
-      batch_axes: number of leading axes that stack independent pairs; None to infer it from the shapes.
+        path_a: path of the left factor, keys joined by `/`.
+        path_b: path of the right factor.
+        transposed: whether the leaves hold `A^T (r, a)` and `B^T (b, r)`, as PEFT's do.
+        batch_axes: number of leading axes that stack independent pairs; None to infer it from the shapes.
     """
 
     path_a: str
@@ -61,19 +61,19 @@ def find_pairs(params: Any, pairs: Pairs | None = None) -> tuple[Pair, ...]:
     """Finds the LoRA pairs of a parameter tree.
 
     Args:
-      params: any pytree: nested dicts, `nnx.State`, Linen variables, a flat dict with dotted keys. Leaves are arrays
-        or shapes (`jax.ShapeDtypeStruct`). Leaves that are no factors are passed over.
-      pairs: names the pairs instead of searching for them: a sequence of `Pair` or `(path_a, path_b)`, or a callable
-        that returns one when it is given `params`. Paths are keys joined by `/`, as in `Pair.path_a`.
+        params: any pytree: nested dicts, `nnx.State`, Linen variables, a flat dict with dotted keys. Leaves are arrays
+            or shapes (`jax.ShapeDtypeStruct`). Leaves that are no factors are passed over.
+        pairs: names the pairs instead of searching for them: a sequence of `Pair` or `(path_a, path_b)`, or a callable
+            that returns one when it is given `params`. Paths are keys joined by `/`, as in `Pair.path_a`.
 
     Returns:
-      The pairs, in the order of their left factors in the tree, with `batch_axes` resolved. If the shapes can be read
-      in two ways (a stack of as many layers as the rank), leading axes are taken for stacked pairs.
+        The pairs, in the order of their left factors in the tree, with `batch_axes` resolved. If the shapes can be read
+        in two ways (a stack of as many layers as the rank), leading axes are taken for stacked pairs.
 
     Raises:
-      ValueError: a factor has no partner, the shapes of two partners do not fit, a named path does not exist, or
-        there is no pair at all. The message names the path.
-      TypeError: a factor is not a floating-point array.
+        ValueError: a factor has no partner, the shapes of two partners do not fit, a named path does not exist, or
+            there is no pair at all. The message names the path.
+        TypeError: a factor is not a floating-point array.
 
     >>> [p.path_a for p in find_pairs({"mlp": {"lora_a": jnp.ones((8, 2)), "lora_b": jnp.ones((2, 4))}})]
     ['mlp/lora_a']
@@ -107,8 +107,8 @@ def read_pairs(tree: Any, pairs: Sequence[Pair]) -> list[tuple[jax.Array, jax.Ar
     """Returns the factors of each pair as `lora_a (n, a, r)`, `lora_b (n, r, b)`.
 
     Args:
-      tree: a tree of the structure in which the pairs were found (parameters, updates, moments).
-      pairs: from `find_pairs`.
+        tree: a tree of the structure in which the pairs were found (parameters, updates, moments).
+        pairs: from `find_pairs`.
     """
     leaves = _leaves_by_path(tree)
     return [pair.canonical(leaves[pair.path_a], leaves[pair.path_b]) for pair in pairs]
@@ -118,9 +118,9 @@ def write_pairs(tree: Any, pairs: Sequence[Pair], factors: Sequence[tuple[jax.Ar
     """Returns the tree with new factors, given as `read_pairs` returns them; the other leaves stay as they are.
 
     Args:
-      tree: a tree of the structure in which the pairs were found.
-      pairs: from `find_pairs`.
-      factors: one `(lora_a, lora_b)` per pair.
+        tree: a tree of the structure in which the pairs were found.
+        pairs: from `find_pairs`.
+        factors: one `(lora_a, lora_b)` per pair.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     position = {_name(path): i for i, (path, _) in enumerate(flat)}
@@ -135,11 +135,11 @@ def map_factors(function: Callable, factors: Sequence[tuple[jax.Array, jax.Array
     """Runs a function over many pairs, stacked, once per shape.
 
     Args:
-      function: takes `lora_a (n, a, r)` and `lora_b (n, r, b)`; returns a pytree of arrays with leading axis `n`.
-      factors: pairs of any shapes, as `read_pairs` returns them.
+        function: takes `lora_a (n, a, r)` and `lora_b (n, r, b)`; returns a pytree of arrays with leading axis `n`.
+        factors: pairs of any shapes, as `read_pairs` returns them.
 
     Returns:
-      The function's result for each pair, in order.
+        The function's result for each pair, in order.
     """
     groups: dict[tuple, list[int]] = {}
     for i, (lora_a, lora_b) in enumerate(factors):

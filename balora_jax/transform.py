@@ -14,10 +14,10 @@ class BaloraProjectState(NamedTuple):
     """State of `balora_project`.
 
     Attributes:
-      count: int32, number of updates so far.
-      untouched: int32, pairs that the last projection left as they came because their product lacks rank (a fresh
-        `B = 0`, say).
-      nonfinite: int32, pairs that it left as they came because they hold a NaN or an infinity.
+        count: int32, number of updates so far.
+        untouched: int32, pairs that the last projection left as they came because their product lacks rank (a fresh
+            `B = 0`, say).
+        nonfinite: int32, pairs that it left as they came because they hold a NaN or an infinity.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -35,37 +35,38 @@ def balora_project(
     belong to no pair keep their updates.
 
     Args:
-      gauge: which balanced pair to take, see `balora_jax.balance`.
-      every: projects after every `every`-th update only.
-      start_step: number of first updates that are not followed by a projection.
-      pairs: names the pairs if their leaves have other names than `find_pairs` knows; see there.
+        gauge: which balanced pair to take, see `balora_jax.balance`.
+        every: projects after every `every`-th update only.
+        start_step: number of first updates that are not followed by a projection.
+        pairs: names the pairs if their leaves have other names than `find_pairs` knows; see there.
 
     Returns:
-      An `optax.GradientTransformation` whose state is a `BaloraProjectState`.
+        An `optax.GradientTransformation` whose state is a `BaloraProjectState`.
 
     Raises:
-      ValueError: an argument is out of its range; from `init`, the parameters hold no pair or an unpaired factor;
-        from `update`, `params` was not given.
-      TypeError: `every` or `start_step` is not an integer.
+        ValueError: an argument is out of its range; from `init`, the parameters hold no pair or an unpaired factor;
+            from `update`, `params` was not given.
+        TypeError: `every` or `start_step` is not an integer.
 
     Notes:
-      Costs O((a + b) r^2) per pair and step. A pair whose product lacks rank, or that is not finite, is left as the
-      optimizer made it, and counted in the state. Keep the factors in float32: bfloat16 ones cannot hold a balanced
-      pair to better than three digits. `optax.MultiSteps` evaluates what it wraps on every mini-step; accumulating
-      gradients before the optimizer is cheaper.
+        Costs O((a + b) r^2) per pair and step. A pair whose product lacks rank, or that is not finite, is left as the
+        optimizer made it, and counted in the state. Keep the factors in float32: bfloat16 ones cannot hold a balanced
+        pair to better than three digits. `optax.MultiSteps` evaluates what it wraps on every mini-step; accumulating
+        gradients before the optimizer is cheaper.
 
     Source: arXiv 2605.31484 (BaLoRA: an optimizer step, then the projection).
 
     Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> params = {"lora_a": jnp.eye(6, 2), "lora_b": 3.0 * jnp.eye(2, 5)}
-      >>> tx = optax.chain(optax.adamw(1e-3), balora_project())
-      >>> state = tx.init(params)
-      >>> grads = {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 5))}
-      >>> updates, state = tx.update(grads, state, params)
-      >>> params = optax.apply_updates(params, updates)
-      >>> bool(balancing_gap(params["lora_a"], params["lora_b"]) < 1e-5)
-      True
+        >>> import jax.numpy as jnp, optax
+        >>> from balora_jax import balancing_gap, balora_project
+        >>> params = {"lora_a": jnp.eye(6, 2), "lora_b": 3.0 * jnp.eye(2, 5)}
+        >>> tx = optax.chain(optax.adamw(1e-3), balora_project())
+        >>> state = tx.init(params)
+        >>> grads = {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 5))}
+        >>> updates, state = tx.update(grads, state, params)
+        >>> params = optax.apply_updates(params, updates)
+        >>> bool(balancing_gap(params["lora_a"], params["lora_b"]) < 1e-5)
+        True
     """
     check_gauge(gauge)
     _check_count("every", every, 1)

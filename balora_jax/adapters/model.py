@@ -43,14 +43,16 @@ def add_adapters(
     """
     modules = {".".join(map(str, path)): module for path, module in _outside_adapters(model)}
     matched = _matches(targets, modules)
+    adapters = {}
     for path in matched:
         module = modules[path]
         if isinstance(module, LoRALinear):
             raise ValueError(f"{path} has an adapter already")
         try:
-            adapter = layer(module, rank=rank, alpha=alpha, scaling=scaling, dropout=dropout, rngs=rngs)
+            adapters[path] = layer(module, rank=rank, alpha=alpha, scaling=scaling, dropout=dropout, rngs=rngs)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path}: {error}") from error
+    for path, adapter in adapters.items():  # only now, so that an error leaves the model as it was
         _replace(model, path, adapter)
     return matched
 

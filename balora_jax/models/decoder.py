@@ -24,22 +24,22 @@ class DecoderConfig:
     """Shape and arithmetic of a `Decoder`; the names of the sizes are those of Hugging Face's `config.json`.
 
     Attributes:
-      vocab_size: number of tokens.
-      hidden_size: width of the residual stream.
-      intermediate_size: width of the gated MLP.
-      num_hidden_layers: number of blocks.
-      num_attention_heads: query heads.
-      num_key_value_heads: key and value heads; divides `num_attention_heads`.
-      head_dim: width of one head; even, for the rotary embedding.
-      rope_theta: base of the rotary frequencies.
-      rope_scaling: Llama-3 scaling of the frequencies, or None.
-      rms_norm_eps: added to the mean square in every RMSNorm.
-      qkv_bias: whether the query, key and value projections have a bias (Qwen2).
-      qk_norm: whether queries and keys are RMS-normalised per head (Qwen3).
-      tie_word_embeddings: whether the output head is the transposed embedding.
-      dtype: dtype of activations and products.
-      param_dtype: dtype in which the base weights are stored.
-      remat: whether each block's activations are recomputed in the backward pass.
+        vocab_size: number of tokens.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the gated MLP.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads; divides `num_attention_heads`.
+        head_dim: width of one head; even, for the rotary embedding.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: Llama-3 scaling of the frequencies, or None.
+        rms_norm_eps: added to the mean square in every RMSNorm.
+        qkv_bias: whether the query, key and value projections have a bias (Qwen2).
+        qk_norm: whether queries and keys are RMS-normalised per head (Qwen3).
+        tie_word_embeddings: whether the output head is the transposed embedding.
+        dtype: dtype of activations and products.
+        param_dtype: dtype in which the base weights are stored.
+        remat: whether each block's activations are recomputed in the backward pass.
     """
 
     vocab_size: int
@@ -73,11 +73,11 @@ class Cache(NamedTuple):
     """Keys and values of the tokens seen so far, for generation.
 
     Attributes:
-      keys: `(layers, batch, capacity, kv_heads, head_dim)`.
-      values: like `keys`.
-      positions: `(batch, capacity)` int32, position of the token in each slot.
-      segment_ids: `(batch, capacity)` int32, 0 where a slot is empty or padding.
-      length: scalar int32, number of slots filled.
+        keys: `(layers, batch, capacity, kv_heads, head_dim)`.
+        values: like `keys`.
+        positions: `(batch, capacity)` int32, position of the token in each slot.
+        segment_ids: `(batch, capacity)` int32, 0 where a slot is empty or padding.
+        length: scalar int32, number of slots filled.
     """
 
     keys: jax.Array
@@ -214,14 +214,14 @@ class Decoder(nnx.Module):
         """Runs the blocks.
 
         Args:
-          tokens: `(batch, length)` int.
-          positions: `(batch, length)` int, the position of each token in its own text; default `0, 1, ...`.
-          segment_ids: `(batch, length)` int; tokens see only tokens of their own segment. 0 is padding.
-            Default: one segment per row.
-          cache: keys and values of earlier tokens; the new ones are written behind them.
+            tokens: `(batch, length)` int.
+            positions: `(batch, length)` int, the position of each token in its own text; default `0, 1, ...`.
+            segment_ids: `(batch, length)` int; tokens see only tokens of their own segment. 0 is padding.
+                Default: one segment per row.
+            cache: keys and values of earlier tokens; the new ones are written behind them.
 
         Returns:
-          `(batch, length, hidden_size)` normalised hidden states, and the new cache (None without one).
+            `(batch, length, hidden_size)` normalised hidden states, and the new cache (None without one).
         """
         batch, length = tokens.shape
         if positions is None:

@@ -68,11 +68,11 @@ def adapted_paths(model):
     return sorted(path for path, _ in iter_adapters(model))
 
 
-def fill_right_factors(model, size=1.0):
+def fill_right_factors(model):
     """Makes the adapters change something."""
     for seed, (_, adapter) in enumerate(iter_adapters(model)):
         draw = np.random.default_rng(seed).standard_normal(adapter.lora_b.shape)
-        adapter.lora_b[...] = jnp.asarray(size * draw, jnp.float32)
+        adapter.lora_b[...] = jnp.asarray(draw, jnp.float32)
 
 
 def leaves(model, kind=...):
@@ -176,6 +176,7 @@ def test_a_bare_layer_has_no_place_for_an_adapter():
     ("targets", "options", "error", "message"),
     [
         ("q_proj", {}, ValueError, r"'q_proj' matches no layer; there are .*blocks\.0\.q_proj"),
+        (r"blocks\.0\.q", {}, ValueError, "matches no layer"),  # the whole path must match
         ("(", {}, ValueError, r"must be a regular expression or names, got '\('"),
         (["q_porj"], {}, ValueError, "'q_porj' matches no layer; did you mean 'q_proj'?"),
         (["proj"], {}, ValueError, "'proj' matches no layer"),  # a name is not a part of a name

@@ -1,0 +1,57 @@
+"""Writes the recorded results into the README, between the markers `<!-- results: NAME -->` and `<!-- end -->`.
+
+    python experiments/update_readme.py [--check]
+
+NAME is a folder beside this script with a `results.json`. With `--check` nothing is written, and the exit code is 1 if
+the README does not show what is recorded.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+HEADER = "| method | best cell | evaluation loss | exact match | n | balancing gap | ms / step | diverged |"
+
+
+def markdown(folder: Path) -> str:
+    """Returns the table of a recorded run."""
+    rows = [HEADER, "|---|---|---|---|---|---|---|---|"]
+    for row in json.loads((folder / "results.json").read_text()):
+        cells = [row["population"]]
+        if "best" in row:
+            best = (f"{k.rsplit('.', 1)[-1].replace('_', ' ')} {v:g}" for k, v in row["best"].items())
+            loss, accuracy, gap = row["evaluation_loss"], row["accuracy"], row["gap_mean"]
+            cells += [
+                ", ".join(best) + (" (edge of the grid)" if row["on_edge"] else ""),
+                f"{loss['mean']:.4f} ± {loss['std']:.4f}",
+                f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %",
+                str(row["n"]),
+                f"{gap['mean']:.0e}",
+            ]
+        else:
+            cells += ["every cell diverged", "", "", "0", ""]
+        cells += [f"{1000 * row['step_seconds']:.0f}", f"{row['diverged']} of {row['runs']}"]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def main() -> int:
+    """Writes or checks the README; returns the exit code."""
+    old = README.read_text()
+    new = re.sub(
+        r"(<!-- results: ([\w-]+) -->\n).*?(\n<!-- end -->)",
+        lambda match: f"{match[1]}{markdown(HERE / match[2])}{match[3]}",
+        old,
+        flags=re.DOTALL,
+    )
+    if "--check" in sys.argv[1:]:
+        return int(new != old)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
