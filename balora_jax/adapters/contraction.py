@@ -22,7 +22,7 @@ class Contraction:
         inputs: labels of the input, which may start with an ellipsis.
         kernel: labels of the kernel.
         outputs: labels of the output.
-        input_axes: the axes of the input that must be moved to its end first, or None.
+        input_axes: the axes of the input that must be moved to its end first, in ascending order, or None.
     """
 
     inputs: str
@@ -57,7 +57,8 @@ class Contraction:
     def low_rank(self, x: jax.Array, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
         """Applies the update to an input without forming it: first `lora_a`, then `lora_b`."""
         if self.input_axes is not None:
-            x = jnp.moveaxis(x, self.input_axes, range(-len(self.input_axes), 0))
+            axes = sorted(axis % x.ndim for axis in self.input_axes)  # the order in which flax contracts them
+            x = jnp.moveaxis(x, axes, range(-len(axes), 0))
         hidden = "".join(c for c in self.inputs if c not in self.contracted) + _RANK
         x = jnp.einsum(f"{self.inputs},{self.shared}{self.contracted}{_RANK}->{hidden}", x, lora_a)
         return jnp.einsum(f"{hidden},{self.shared}{_RANK}{self.remaining}->{self.outputs}", x, lora_b)
@@ -91,7 +92,7 @@ def contraction_of(layer: nnx.Module) -> Contraction:
         n_in, n_out = len(layer.in_features), len(layer.out_features)
         into, out = _LETTERS[:n_in], _LETTERS[n_in : n_in + n_out]
         axes = tuple(layer.axis)
-        trailing = axes == tuple(range(-n_in, 0))
+        trailing = sorted(axes) == list(range(-n_in, 0))
         return Contraction(f"...{into}", into + out, f"...{out}", None if trailing else axes)
     if isinstance(layer, nnx.Einsum):
         equation = layer.einsum_str

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from flax import nnx
 
@@ -48,12 +49,13 @@ def add_adapters(
         module = modules[path]
         if isinstance(module, LoRALinear):
             raise ValueError(f"{path} has an adapter already")
+        if module is model:
+            raise ValueError("model must hold the layers that get adapters, got a layer; wrap it in LoRALinear instead")
         try:
-            adapters[path] = layer(module, rank=rank, alpha=alpha, scaling=scaling, dropout=dropout, rngs=rngs)
+            adapters[id(module)] = layer(module, rank=rank, alpha=alpha, scaling=scaling, dropout=dropout, rngs=rngs)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path}: {error}") from error
-    for path, adapter in adapters.items():  # only now, so that an error leaves the model as it was
-        _replace(model, path, adapter)
+    _swap(model, adapters)  # only now, so that an error leaves the model as it was
     return matched
 
 
@@ -83,12 +85,13 @@ def remove_adapters(model: nnx.Module, *, merge: bool) -> None:
         model: a model with adapters.
         merge: whether the base layers keep the update (merge and unload) or lose it.
     """
-    for path, adapter in _all_adapters(model):
+    adapters = [adapter for _, adapter in _all_adapters(model)]
+    for adapter in adapters:
         if merge:
             adapter.merge()
         else:
             adapter.unmerge()
-        _replace(model, path, adapter.base)
+    _swap(model, {id(adapter): adapter.base for adapter in adapters})
 
 
 def _all_adapters(model: nnx.Module) -> list[tuple[str, LoRALinear]]:
@@ -140,13 +143,23 @@ def _holds_weights(module: nnx.Module) -> bool:
     return isinstance(module, LoRALinear) or any(isinstance(value, nnx.Param) for value in vars(module).values())
 
 
-def _replace(model: nnx.Module, path: str, new: nnx.Module) -> None:
-    """Puts a module at a dotted path."""
-    *parents, last = path.split(".")
-    holder = model
-    for part in parents:
-        holder = holder[int(part)] if part.isdigit() else getattr(holder, part)  # type: ignore[index]
-    if last.isdigit():
-        holder[int(last)] = new  # type: ignore[index]
-    else:
-        setattr(holder, last, new)
+def _swap(model: nnx.Module, new: dict[int, nnx.Module]) -> None:
+    """Puts modules in the place of others, given by their ids, wherever the model refers to them."""
+    for _, module in list(nnx.iter_modules(model)):
+        for name, value in list(vars(module).items()):
+            swapped = _swapped(value, new)
+            if swapped is not value:
+                setattr(module, name, nnx.data(swapped))
+
+
+def _swapped(value: Any, new: dict[int, nnx.Module]) -> Any:
+    """An attribute's value after the swap; itself if nothing in it was swapped."""
+    if id(value) in new:
+        return new[id(value)]
+    if not isinstance(value, list | tuple | dict):
+        return value
+    before = dict(value) if isinstance(value, dict) else dict(enumerate(value))
+    after = {key: _swapped(part, new) for key, part in before.items()}
+    if all(after[key] is part for key, part in before.items()):
+        return value
+    return after if isinstance(value, dict) else type(value)(after.values())

@@ -8,6 +8,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+"""The fields of `DecoderConfig` that give its shape."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -60,6 +71,9 @@ class DecoderConfig:
     remat: bool = False
 
     def __post_init__(self):
+        for name in SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads must divide num_attention_heads ({self.num_attention_heads}), "
@@ -75,14 +89,12 @@ class Cache(NamedTuple):
     Attributes:
         keys: `(layers, batch, capacity, kv_heads, head_dim)`.
         values: like `keys`.
-        positions: `(batch, capacity)` int32, position of the token in each slot.
         segment_ids: `(batch, capacity)` int32, 0 where a slot is empty or padding.
         length: scalar int32, number of slots filled.
     """
 
     keys: jax.Array
     values: jax.Array
-    positions: jax.Array
     segment_ids: jax.Array
     length: jax.Array
 
@@ -218,7 +230,7 @@ class Decoder(nnx.Module):
             positions: `(batch, length)` int, the position of each token in its own text; default `0, 1, ...`.
             segment_ids: `(batch, length)` int; tokens see only tokens of their own segment. 0 is padding.
                 Default: one segment per row.
-            cache: keys and values of earlier tokens; the new ones are written behind them.
+            cache: keys and values of earlier tokens; the new ones are written behind them, and must fit its capacity.
 
         Returns:
             `(batch, length, hidden_size)` normalised hidden states, and the new cache (None without one).
@@ -234,15 +246,10 @@ class Decoder(nnx.Module):
             key_slots, key_segments, offset, past = slots, segment_ids, None, None
         else:
             offset, past = cache.length, (cache.keys, cache.values)
-            cache = cache._replace(
-                positions=jax.lax.dynamic_update_slice_in_dim(
-                    cache.positions, positions.astype(jnp.int32), offset, axis=1
-                ),
-                segment_ids=jax.lax.dynamic_update_slice_in_dim(
-                    cache.segment_ids, segment_ids.astype(jnp.int32), offset, axis=1
-                ),
+            key_segments = jax.lax.dynamic_update_slice_in_dim(
+                cache.segment_ids, segment_ids.astype(jnp.int32), offset, axis=1
             )
-            key_slots, key_segments = jnp.arange(cache.keys.shape[2]), cache.segment_ids
+            key_slots = jnp.arange(cache.keys.shape[2])
             slots = offset + slots
         mask = (key_slots[None, None, :] <= slots[None, :, None]) & (
             key_segments[:, None, :] == segment_ids[:, :, None]
@@ -260,7 +267,7 @@ class Decoder(nnx.Module):
         scan = nnx.scan(block, in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0))
         x, kept = scan(self.embed_tokens(tokens), self.layers, past)
         if cache is not None:
-            cache = cache._replace(keys=kept[0], values=kept[1], length=cache.length + length)
+            cache = Cache(kept[0], kept[1], key_segments, cache.length + length)
         return self.norm(x), cache
 
     def logits(self, hidden):
@@ -280,4 +287,4 @@ class Decoder(nnx.Module):
         shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
         slots = jnp.zeros((batch, capacity), jnp.int32)
         zeros = jnp.zeros(shape, config.dtype)
-        return Cache(zeros, zeros, slots, slots, jnp.zeros((), jnp.int32))
+        return Cache(zeros, zeros, slots, jnp.zeros((), jnp.int32))

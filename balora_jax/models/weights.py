@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from balora_jax.models.decoder import Decoder, DecoderConfig, RopeScaling
+from balora_jax.models.decoder import SIZES, Decoder, DecoderConfig, RopeScaling
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 
@@ -23,17 +23,15 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
 }
-_SAME_NAME = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rms_norm_eps",
-)
+_SAME_NAME = (*(name for name in SIZES if name != "head_dim"), "rms_norm_eps")
 # Fields that must have this value, if they are there at all.
-_REQUIRED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+_REQUIRED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "quantization_config": None,
+}
 
 
 def read_config(folder: str | Path) -> DecoderConfig:
@@ -52,7 +50,10 @@ def read_config(folder: str | Path) -> DecoderConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a model folder must hold config.json and model.safetensors")
-    fields = json.loads(path.read_text())
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
     family = fields.get("model_type")
     if family not in _FAMILIES:
         raise ValueError(f"{path}: model_type must be one of {', '.join(_FAMILIES)}, got {family!r}")
@@ -122,6 +123,7 @@ def load_decoder(
     flat = dict(nnx.to_flat_state(state))
     try:
         with safe_open(path, framework="numpy") as tensors:
+            _check_used(tensors.keys(), flat, config, path)
             for key, variable in flat.items():
                 expected = variable.get_value()
                 array = _read(tensors, key, expected, config, path)
@@ -140,6 +142,10 @@ def save_decoder(model: Decoder, folder: str | Path) -> None:
         folder: is made if it does not exist.
     """
     config = model.config
+    if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
+        raise ValueError("model must have no adapters; merge them with remove_adapters(model, merge=True) first")
+    if config.qkv_bias and config.qk_norm:
+        raise ValueError("a config with both qkv_bias and qk_norm belongs to no family and cannot be saved")
     family = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
     architecture = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[family]
     fields = {
@@ -174,6 +180,16 @@ def _tensor_name(key: tuple, layer: int | None) -> tuple[str, bool]:
         parents[0] = f"layers.{layer}"
     prefix = "" if parents[0] == "lm_head" else "model."
     return f"{prefix}{'.'.join(parents)}.{'bias' if leaf == 'bias' else 'weight'}", leaf == "kernel"
+
+
+def _check_used(present, keys, config: DecoderConfig, path: Path) -> None:
+    """Raises if the file holds a tensor that the config has no place for."""
+    layers = range(config.num_hidden_layers)
+    used = {_tensor_name(key, n)[0] for key in keys for n in (layers if key[0] == "layers" else (None,))}
+    used.add("lm_head.weight")  # some files hold it though it is tied
+    unused = sorted(name for name in present if name not in used and not name.endswith("rotary_emb.inv_freq"))
+    if unused:
+        raise ValueError(f"{path} holds the tensor {unused[0]}, which a model of this config does not have")
 
 
 def _read(tensors, key: tuple, expected: jax.ShapeDtypeStruct, config: DecoderConfig, path: Path) -> np.ndarray:

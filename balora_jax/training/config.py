@@ -7,6 +7,7 @@ values to try (all combinations), or a sequence of such mappings (one after the 
 import dataclasses
 import difflib
 import itertools
+import math
 import runpy
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -247,6 +248,8 @@ def check(config: Config) -> None:
             raise ConfigError(f"{name} must be at least 0 and below 1, got {get_field(config, name)}")
     if config.training.members_at_once is not None and config.training.members_at_once < 1:
         raise ConfigError(f"training.members_at_once must be at least 1 or None, got {config.training.members_at_once}")
+    if not math.isfinite(config.adapter.alpha):
+        raise ConfigError(f"adapter.alpha must be finite, got {config.adapter.alpha}")
     if config.optimizer.clip_norm is not None and not config.optimizer.clip_norm > 0:
         raise ConfigError(f"optimizer.clip_norm must be positive or None, got {config.optimizer.clip_norm}")
     if not 0 <= config.seed < 2**32:
