@@ -24,13 +24,14 @@ class Balanced(NamedTuple):
     Attributes:
         lora_a: `(..., a, r)`, the new left factor.
         lora_b: `(..., r, b)`, the new right factor.
-        deficient: `(...)` bool, the product's rank is numerically below `r`; the pair was left as it came.
+        untouched: `(...)` bool, the pair was left as it came: its product has numerical rank below `r`, or the balanced
+            factors are too large for their dtype.
         nonfinite: `(...)` bool, the pair holds a NaN or an infinity; it was left as it came.
     """
 
     lora_a: jax.Array
     lora_b: jax.Array
-    deficient: jax.Array
+    untouched: jax.Array
     nonfinite: jax.Array
 
 
@@ -57,7 +58,8 @@ def balance(lora_a: jax.Array, lora_b: jax.Array, *, gauge: Gauge = "svd") -> tu
     Returns:
         The two factors in the shapes and dtypes of the inputs. A pair whose product has numerical rank below `r` (a
         fresh adapter with `B = 0`, say) has no balanced form that keeps every direction trainable and is returned
-        unchanged; so is a pair with a NaN or an infinity. `balance_pair` tells which.
+        unchanged; so is a pair with a NaN or an infinity, or one whose balanced factors overflow their dtype.
+        `balance_pair` tells which.
 
     Raises:
         TypeError: a factor is not a floating-point array, or the gauge is not a string.
@@ -98,22 +100,23 @@ def balance_pair(lora_a: jax.Array, lora_b: jax.Array, *, gauge: Gauge = "svd") 
     check_gauge(gauge)
     lora_a, lora_b = _checked(lora_a, lora_b)
     leading, (rows, rank), columns = lora_a.shape[:-2], lora_a.shape[-2:], lora_b.shape[-1]
-    wide = jnp.promote_types(jnp.promote_types(lora_a.dtype, lora_b.dtype), jnp.float32)
+    wide = working_dtype(lora_a, lora_b)
     flat_a, flat_b = lora_a.reshape(-1, rows, rank), lora_b.reshape(-1, rank, columns)
-    nonfinite = ~(jnp.isfinite(flat_a).all((1, 2)) & jnp.isfinite(flat_b).all((1, 2)))
+    nonfinite = ~_finite(flat_a, flat_b)
     if rank > min(rows, columns):  # the product can never have rank r
-        new_a, new_b, deficient = flat_a, flat_b, jnp.ones(flat_a.shape[:1], bool)
+        new_a, new_b, untouched = flat_a, flat_b, jnp.ones(flat_a.shape[:1], bool)
     else:
         new_a, new_b, deficient = _balance_flat(gauge)(
             *(jnp.where(nonfinite[:, None, None], 0, x).astype(wide) for x in (flat_a, flat_b))
         )
-        keep = (deficient | nonfinite)[:, None, None]
-        new_a = jnp.where(keep, flat_a, new_a.astype(lora_a.dtype))
-        new_b = jnp.where(keep, flat_b, new_b.astype(lora_b.dtype))
+        new_a, new_b = new_a.astype(lora_a.dtype), new_b.astype(lora_b.dtype)
+        untouched = deficient | ~_finite(new_a, new_b)
+        keep = (untouched | nonfinite)[:, None, None]
+        new_a, new_b = jnp.where(keep, flat_a, new_a), jnp.where(keep, flat_b, new_b)
     return Balanced(
         new_a.reshape(lora_a.shape),
         new_b.reshape(lora_b.shape),
-        (deficient & ~nonfinite).reshape(leading),
+        (untouched & ~nonfinite).reshape(leading),
         nonfinite.reshape(leading),
     )
 
@@ -138,9 +141,9 @@ def balancing_gap(lora_a: jax.Array, lora_b: jax.Array, *, relative: bool = True
     1.0
     """
     lora_a, lora_b = _checked(lora_a, lora_b)
-    wide = jnp.promote_types(jnp.promote_types(lora_a.dtype, lora_b.dtype), jnp.float32)
+    wide = working_dtype(lora_a, lora_b)
     lora_a, lora_b = lora_a.astype(wide), lora_b.astype(wide)
-    exponent = jnp.maximum(_exponent(lora_a), _exponent(lora_b))
+    exponent = _exponent(jnp.maximum(_largest(lora_a), _largest(lora_b)))
     lora_a, lora_b = _scaled(lora_a, -exponent), _scaled(lora_b, -exponent)
     gram_a = _matmul(lora_a.mT, lora_a)
     gram_b = _matmul(lora_b, lora_b.mT)
@@ -157,6 +160,11 @@ def check_gauge(gauge: str) -> None:
         raise TypeError(f"gauge must be one of {', '.join(GAUGES)}, got {gauge!r}")
     if gauge not in GAUGES:
         raise ValueError(f"gauge must be one of {', '.join(GAUGES)}, got {gauge!r}")
+
+
+def working_dtype(*arrays: jax.Array) -> jax.typing.DTypeLike:
+    """Returns the dtype of the arithmetic on some arrays: float64 if one of them is, else float32."""
+    return jnp.float64 if any(array.dtype == jnp.float64 for array in arrays) else jnp.float32
 
 
 def _checked(lora_a, lora_b) -> tuple[jax.Array, jax.Array]:
@@ -178,9 +186,19 @@ def _checked(lora_a, lora_b) -> tuple[jax.Array, jax.Array]:
     return factors["lora_a"], factors["lora_b"]
 
 
-def _exponent(factor: jax.Array) -> jax.Array:
-    """The power of two above the largest entry of each matrix, `(...)` int32; 0 for a zero or nonfinite one."""
-    return jnp.frexp(jnp.abs(factor).max((-2, -1)))[1]
+def _finite(lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
+    """Whether all entries of each pair are finite, `(...)`."""
+    return jnp.isfinite(lora_a).all((-2, -1)) & jnp.isfinite(lora_b).all((-2, -1))
+
+
+def _largest(factor: jax.Array) -> jax.Array:
+    """The largest absolute entry of each matrix, `(...)`."""
+    return jnp.abs(factor).max((-2, -1))
+
+
+def _exponent(number: jax.Array) -> jax.Array:
+    """The power of two above a number, int32; 0 for zero."""
+    return jnp.frexp(number)[1]
 
 
 def _scaled(factor: jax.Array, exponent: jax.Array) -> jax.Array:
@@ -217,7 +235,7 @@ def _balance_flat(gauge: str):
 
 def _balance_one(lora_a, lora_b, gauge):
     """Balances one pair `(a, r), (r, b)` with `r <= min(a, b)`; returns it and whether its product lacks rank."""
-    exponent_a, exponent_b = _exponent(lora_a), _exponent(lora_b)
+    exponent_a, exponent_b = _exponent(_largest(lora_a)), _exponent(_largest(lora_b))
     exponent_a = exponent_a + (exponent_a + exponent_b) % 2  # so that the square root below is exact
     q_a, t_a = jnp.linalg.qr(_scaled(lora_a, -exponent_a))
     q_b, t_b = jnp.linalg.qr(_scaled(lora_b, -exponent_b).T)
@@ -226,15 +244,18 @@ def _balance_one(lora_a, lora_b, gauge):
     resolution = rank * jnp.finfo(s.dtype).eps * jnp.linalg.norm(t_a) * jnp.linalg.norm(t_b)
     deficient = ~(s[-1] > resolution)
     root = jnp.sqrt(jnp.where(deficient, 1, s))
-    core_a, core_b = u * root, root[:, None] * vt
-    # The incoming pair seen from the new one, both factors in units of 2 ** (exponent_a + exponent_b) / 2.
-    shift = (exponent_a - exponent_b) // 2
-    overlap = _matmul(core_a.T, _scaled(t_a, shift)) + _matmul(core_b, _scaled(t_b, -shift))
+    core_a, core_b = u * root[None, :], root[:, None] * vt
+    # What the new pair has in common with each incoming factor, both factors scaled to about size 1.
+    overlap_a, overlap_b = _matmul(core_a.T, t_a), _matmul(core_b, t_b)
     if gauge == "svd":
-        size = jnp.sum(_scaled(t_a, shift) ** 2 + _scaled(t_b, -shift) ** 2, axis=0)
-        rotation = _signed_permutation(overlap, 2 * root**2, size)
-    elif gauge == "nearest":
-        rotation = _polar(overlap)
+        rotation = _signed_permutation(overlap_a + overlap_b, 2 * root**2, jnp.sum(t_a**2 + t_b**2, axis=0))
+    elif gauge == "nearest":  # here their true sizes count; the polar factor does not see a common scale
+        smaller = -jnp.abs(exponent_a - exponent_b)
+        a_is_smaller = exponent_a < exponent_b
+        rotation = _polar(
+            _scaled(overlap_a, jnp.where(a_is_smaller, smaller, 0))
+            + _scaled(overlap_b, jnp.where(a_is_smaller, 0, smaller))
+        )
     elif gauge == "symmetric":  # the orthogonal factor that makes T = T_B^T V S^-1/2 symmetric
         rotation = _polar(_matmul(vt / root[:, None], t_b))
     else:
@@ -264,7 +285,7 @@ def _signed_permutation(overlap, new_size, incoming_size):
     """
     rank = overlap.shape[0]
     incoming_norm = jnp.sqrt(jnp.where(incoming_size > 0, incoming_size, 1))
-    cosine = jnp.abs(overlap) / (jnp.sqrt(new_size)[:, None] * incoming_norm)
+    cosine = jnp.abs(overlap) / (jnp.sqrt(new_size)[:, None] * incoming_norm[None, :])
     indices = jnp.arange(rank)
 
     def unfinished(carry):
@@ -276,7 +297,7 @@ def _signed_permutation(overlap, new_size, incoming_size):
         free = ~(chosen.any(axis=1)[:, None] | chosen.any(axis=0)[None, :])
         score = jnp.where(free, cosine, -1.0)
         best_incoming, best_new = score.argmax(axis=1), score.argmax(axis=0)
-        mutual = (best_incoming[:, None] == indices) & (best_new[None, :] == indices[:, None]) & free
+        mutual = (best_incoming[:, None] == indices[None, :]) & (best_new[None, :] == indices[:, None]) & free
         return rounds + 1, chosen | mutual
 
     _, chosen = lax.while_loop(unfinished, match, (0, jnp.zeros((rank, rank), bool)))

@@ -195,7 +195,8 @@ def _search(leaves: dict[str, Any]) -> list[Pair]:
             ((side, path),) = sides.items()
             other = "b" if side == "a" else "a"
             raise _unpaired(path, f"{before}{other.upper() if transposed else other}{rest}", leaves)
-    return [Pair(sides["a"], sides["b"], transposed) for (_, transposed, _), sides in factors.items()]
+    found = {sides["a"]: Pair(sides["a"], sides["b"], transposed) for (_, transposed, _), sides in factors.items()}
+    return [found[path] for path in leaves if path in found]
 
 
 def _unpaired(path: str, partner: str, leaves: dict[str, Any]) -> ValueError:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from balora_jax.balance import Gauge, balance_pair, check_gauge
+from balora_jax.balance import Gauge, balance_pair, check_gauge, working_dtype
 from balora_jax.pairs import Pairs, find_pairs, map_factors, read_pairs, write_pairs
 
 
@@ -15,8 +15,8 @@ class BaloraProjectState(NamedTuple):
 
     Attributes:
         count: int32, number of updates so far.
-        untouched: int32, pairs that the last projection left as they came because their product lacks rank (a fresh
-            `B = 0`, say).
+        untouched: int32, pairs that the last projection left as they came: their product lacks rank (a fresh `B = 0`,
+            say), or one factor is so small against the other that the update could not carry it to the balanced pair.
         nonfinite: int32, pairs that it left as they came because they hold a NaN or an infinity.
     """
 
@@ -49,10 +49,11 @@ def balora_project(
         TypeError: `every` or `start_step` is not an integer.
 
     Notes:
-        Costs O((a + b) r^2) per pair and step. A pair whose product lacks rank, or that is not finite, is left as the
-        optimizer made it, and counted in the state. Keep the factors in float32: bfloat16 ones cannot hold a balanced
-        pair to better than three digits. `optax.MultiSteps` evaluates what it wraps on every mini-step; accumulating
-        gradients before the optimizer is cheaper.
+        Costs O((a + b) r^2) per pair and step. A pair whose product lacks rank, whose factors differ in size by more
+        than their precision, or that is not finite, is left as the optimizer made it, and counted in the state. Keep
+        the factors in float32: bfloat16 ones cannot hold a balanced pair to better than three digits.
+        `optax.MultiSteps` evaluates what it wraps on every mini-step; accumulating gradients before the optimizer is
+        cheaper.
 
     Source: arXiv 2605.31484 (BaLoRA: an optimizer step, then the projection).
 
@@ -86,19 +87,21 @@ def balora_project(
             for (old_a, old_b), (step_a, step_b) in zip(old, steps, strict=True)
         ]
         balanced = map_factors(lambda a, b: balance_pair(a, b, gauge=gauge), moved)
-        new_steps = []
+        new_steps, untouched, nonfinite = [], jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
         for (old_a, old_b), (step_a, step_b), outcome in zip(old, steps, balanced, strict=True):
-            left = (outcome.deficient | outcome.nonfinite)[:, None, None]
+            lost = _rounded_away(old_a, outcome.lora_a) | _rounded_away(old_b, outcome.lora_b)
+            keep = outcome.untouched | (lost & ~outcome.nonfinite)
+            left = (keep | outcome.nonfinite)[:, None, None]
             new_a = jnp.where(left, step_a, (outcome.lora_a - old_a).astype(step_a.dtype))
             new_b = jnp.where(left, step_b, (outcome.lora_b - old_b).astype(step_b.dtype))
             new_steps.append((new_a, new_b))
-        untouched = sum(outcome.deficient.sum(dtype=jnp.int32) for outcome in balanced)
-        nonfinite = sum(outcome.nonfinite.sum(dtype=jnp.int32) for outcome in balanced)
+            untouched += keep.sum(dtype=jnp.int32)
+            nonfinite += outcome.nonfinite.sum(dtype=jnp.int32)
         return write_pairs(updates, found, new_steps), untouched, nonfinite
 
     def update_fn(updates, state, params=None):
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ValueError("balora_project needs the parameters: call `update(updates, state, params)`")
         count = optax.safe_increment(state.count)
         if always:
             updates, untouched, nonfinite = project(updates, params)
@@ -114,8 +117,14 @@ def balora_project(
 
 def _add_wide(param, update):
     """`param + update` in float32 or wider."""
-    wide = jnp.promote_types(jnp.promote_types(param.dtype, update.dtype), jnp.float32)
+    wide = working_dtype(param, update)
     return param.astype(wide) + update.astype(wide)
+
+
+def _rounded_away(old: jax.Array, new: jax.Array) -> jax.Array:
+    """Whether `old + (new - old)` would lose half of the digits of `new`, which is so much smaller, `(n,)`."""
+    limit = jnp.sqrt(jnp.finfo(old.dtype).eps) * jnp.abs(old).max((-2, -1))
+    return jnp.abs(new).max((-2, -1)) < limit
 
 
 def _check_count(name: str, value, least: int) -> None:

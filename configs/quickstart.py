@@ -1,3 +1,14 @@
+"""LoRA and BaLoRA on school mathematics that the shipped base has never seen: the first thing to run.
+
+Command:   balora-jax run configs/quickstart.py        (or: make quickstart)
+Time:      about 4 minutes on two CPU cores
+Model:     school-math, which ships with the package: 0.9 M parameters, pre-trained on 20 easy modules of arithmetic,
+           numbers, comparison, measurement, algebra and polynomials
+Data:      five modules that were not among them
+Expected:  evaluation loss from 3.5 to below 0.8 for both methods, with no clear difference between them; BaLoRA's
+           relative balancing gap at rounding, LoRA's at some tenths. experiments/quickstart has the recorded outcome.
+"""
+
 from balora_jax.data.recipes import DataSettings
 from balora_jax.training import AdapterSettings, Config, TrainingSettings
 
@@ -17,7 +28,13 @@ config = Config(
         eval_examples=250,
         length=128,
     ),
-    training=TrainingSettings(steps=150, batch_size=8, eval_every=25, checkpoint_every=50),
+    training=TrainingSettings(
+        steps=220,
+        batch_size=8,
+        eval_every=44,
+        checkpoint_every=44,
+        members_at_once=1,  # on a CPU the runs are faster one after the other: 45 against 70 ms a step
+    ),
 )
 
 sweep = {

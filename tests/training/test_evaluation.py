@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from balora_jax.models.weights import load_decoder
 from balora_jax.training.evaluation import accuracies, evaluate_loss, generate_answers, generate_greedily
@@ -42,9 +43,13 @@ def test_losses_do_not_depend_on_the_batches(population, batch_size):
 
 
 def greedy_without_cache(model, prompt, new_tokens, eos):
+    graph, parameters = nnx.split(model)
+    forward = jax.jit(lambda parameters, tokens: nnx.merge(graph, parameters)(tokens))
     tokens = list(prompt)
     for _ in range(new_tokens):
-        tokens.append(int(model(jnp.asarray([tokens]))[0, -1].argmax()))
+        padded = np.zeros((1, 64), np.int32)  # what comes later changes nothing before
+        padded[0, : len(tokens)] = tokens
+        tokens.append(int(forward(parameters, padded)[0, len(tokens) - 1].argmax()))
         if tokens[-1] == eos:
             break
     return tokens[len(prompt) :]
