@@ -119,7 +119,7 @@ def test_ill_conditioned_products(spread, gauge):
     assert_balanced(pair, outcome[:2], gauge, 1e-5)
 
 
-@pytest.mark.parametrize("gauge", GAUGES)
+@pytest.mark.parametrize("gauge", ["svd", "symmetric"])
 @pytest.mark.parametrize(
     "dtypes", [(x, x) for x in ("bfloat16", "float16", "float32", "float64")] + [("float32", "bfloat16")]
 )
@@ -337,19 +337,21 @@ def test_gap_of_simple_pairs(factors, expected, scale):
     assert float(balancing_gap(a, b)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("wrapper", ["", "jax.vmap"])
-def test_many_pairs_of_several_shapes_do_not_deadlock(wrapper):
-    code = f"""
+def test_many_pairs_of_several_shapes_do_not_deadlock():
+    """One program with several batches of factorisations, plain and under `vmap`."""
+    code = """
 import jax, numpy as np
+from functools import partial
 from balora_jax import balance, balancing_gap
 rng = np.random.default_rng(0)
 pairs = [(np.float32(rng.standard_normal((36, a, 32))), np.float32(rng.standard_normal((36, 32, b))))
          for a, b in ((64, 48), (48, 64), (56, 56))]
-step = jax.jit(lambda pairs: [{wrapper}(balance)(*pair) for pair in pairs])
-for _ in range(5):
-    pairs = jax.block_until_ready(step(pairs))
-print(max(float(balancing_gap(*pair).max()) for pair in pairs))
+project = partial(balance, gauge="nearest")
+for step in (jax.jit(lambda pairs: [f(*pair) for pair in pairs]) for f in (project, jax.vmap(project))):
+    for _ in range(5):
+        balanced = jax.block_until_ready(step(pairs))
+    print(max(float(balancing_gap(*pair).max()) for pair in balanced))
 """
-    finished = subprocess.run([sys.executable, "-c", code], timeout=90, capture_output=True, text=True, check=False)
+    finished = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
-    assert float(finished.stdout) < 1e-5
+    assert max(map(float, finished.stdout.split())) < 1e-5

@@ -114,12 +114,12 @@ def test_balances_the_step_of_any_optimizer(optimizer):
     assert int(project_state(states[0]).count) == (2 if optimizer == "MultiSteps" else 4)
 
 
-@pytest.mark.parametrize("gauge", GAUGES)
-def test_lands_where_balance_lands(gauge):
-    updates, _ = balora_project(gauge=gauge).update(gradient(PARAMS), balora_project().init(PARAMS), PARAMS)
+@pytest.mark.parametrize("options", [{}, *({"gauge": gauge} for gauge in GAUGES)], ids=["default", *GAUGES])
+def test_lands_where_balance_lands(options):
+    updates, _ = balora_project(**options).update(gradient(PARAMS), balora_project().init(PARAMS), PARAMS)
     trees = (optax.apply_updates(PARAMS, u) for u in (updates, gradient(PARAMS)))
     for new, old in zip(*(read_pairs(tree, PAIRS) for tree in trees), strict=True):
-        for x, y in zip(new, balance(*old, gauge=gauge), strict=True):
+        for x, y in zip(new, balance(*old, **options), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
