@@ -41,14 +41,14 @@ def markdown(folder: Path) -> str:
 def main() -> int:
     """Writes or checks the README; returns the exit code."""
     old = README.read_text()
-    new = re.sub(
-        r"(<!-- results: ([\w-]+) -->\n).*?(\n<!-- end -->)",
-        lambda match: f"{match[1]}{markdown(HERE / match[2])}{match[3]}",
+    new, tables = re.subn(
+        r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{markdown(HERE / match[2])}\n{match[3]}",
         old,
         flags=re.DOTALL,
     )
     if "--check" in sys.argv[1:]:
-        return int(new != old)
+        return int(new != old or not tables)
     README.write_text(new)
     return 0
 
