@@ -138,7 +138,7 @@ def _fill(rows: list[list[int]], encoded: Encoded, length: int, pad_id: int) -> 
     return arrays
 
 
-class _Rows(grain.sources.RandomAccessDataSource if hasattr(grain, "sources") else object):  # type: ignore[misc]
+class _Rows:
     """The rows of the arrays as a grain source."""
 
     def __init__(self, arrays: Arrays):

@@ -1,6 +1,7 @@
 """Checkpoints of a population's state and of its place in the data, through orbax."""
 
 import contextlib
+import errno
 import hashlib
 import logging
 from pathlib import Path
@@ -83,6 +84,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+                raise RunError(f"cannot use the checkpoint {where}: {error.strerror}") from error
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RunError(
                 f"the checkpoint {where} is broken ({first_line[:200]}); delete it to go on from the one before it, "

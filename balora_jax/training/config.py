@@ -145,11 +145,15 @@ def load_config(path: str | Path) -> tuple[Config, Sweep]:
         )
     try:
         names = runpy.run_path(str(path))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{path} fails: {type(error).__name__}: {error}{_nearest_keyword(error)}") from error
     if not isinstance(names.get("config"), Config):
         raise ConfigError(f"{path} must set `config` to a balora_jax.training.Config, got {names.get('config')!r}")
-    return names["config"], names.get("sweep", {})
+    sweep = names.get("sweep", {})
+    mappings = [sweep] if isinstance(sweep, Mapping) else sweep
+    if not isinstance(mappings, Sequence) or not all(isinstance(mapping, Mapping) for mapping in mappings):
+        raise ConfigError(f"{path}: sweep must map field names to values, or be a sequence of such, got {sweep!r}")
+    return names["config"], sweep
 
 
 def expand(config: Config, sweep: Sweep) -> tuple[Config, ...]:
@@ -246,6 +250,11 @@ def check(config: Config) -> None:
     for name in ("optimizer.b1", "optimizer.b2", "adapter.dropout"):
         if not 0 <= get_field(config, name) < 1:
             raise ConfigError(f"{name} must be at least 0 and below 1, got {get_field(config, name)}")
+    if config.optimizer.warmup_steps >= config.training.steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps must be below training.steps ({config.training.steps}), "
+            f"got {config.optimizer.warmup_steps}"
+        )
     if config.training.members_at_once is not None and config.training.members_at_once < 1:
         raise ConfigError(f"training.members_at_once must be at least 1 or None, got {config.training.members_at_once}")
     if not math.isfinite(config.adapter.alpha):
@@ -286,7 +295,7 @@ def _has_type(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _nearest_keyword(error: Exception) -> str:
+def _nearest_keyword(error: BaseException) -> str:
     """A suggestion for a dataclass's unexpected keyword argument."""
     words = str(error).split("unexpected keyword argument ")
     if not isinstance(error, TypeError) or len(words) < 2:

@@ -57,16 +57,20 @@ class RunDirectory:
         config_file = path / "config.json"
         if path.exists() and not path.is_dir():
             raise ConfigError(f"the output {path} must be a folder, but it is a file")
-        if not config_file.exists() and path.is_dir() and any(path.iterdir()):
+        left_by_a_kill = {".lock", "config.json.tmp"}
+        if not config_file.exists() and path.is_dir() and {p.name for p in path.iterdir()} - left_by_a_kill:
             raise ConfigError(f"the output folder {path} holds files but no config.json; choose an empty folder")
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = (path / ".lock").open("w")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / ".lock").open("w")
+        except OSError as error:
+            raise ConfigError(f"cannot write to the output folder {path}: {error.strerror}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f"another process is working in {path}; wait for it or choose another --output") from None
         if config_file.exists():
-            self._check_same(_parse(config_file), json.loads(json.dumps(resolved)))
+            self._check_same(_parse(config_file, dict), json.loads(json.dumps(resolved)))
         else:
             _write_whole(config_file, json.dumps(resolved, indent=2) + "\n")
         self._metrics = path / "metrics.jsonl"
@@ -112,11 +116,14 @@ class RunDirectory:
     def _read(self) -> list[Record]:
         if not self._metrics.exists():
             return []
-        lines = self._metrics.read_text().splitlines(keepends=True)
+        lines = self._metrics.read_text(errors="replace").splitlines(keepends=True)
         records = []
         for number, line in enumerate(lines, start=1):
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
+                if not isinstance(record, dict) or not {"kind", "population", "step"} <= set(record):
+                    raise RunError(f"{self._metrics}, line {number} is no record of a run; the record is broken")
+                records.append(record)
             except json.JSONDecodeError as error:
                 if number == len(lines):  # the process was killed while it wrote the line
                     _write_whole(self._metrics, "".join(lines[:-1]))
@@ -126,7 +133,7 @@ class RunDirectory:
 
     def _write_environment(self) -> None:
         file = self.path / "environment.json"
-        starts = _parse(file) if file.exists() else []
+        starts = _parse(file, list) if file.exists() else []
         starts.append(environment())
         _write_whole(file, json.dumps(starts, indent=2) + "\n")
 
@@ -161,11 +168,14 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: leaf for name, item in value.items() for key, leaf in _flat(item, f"{prefix}{name}.").items()}
 
 
-def _parse(file: Path) -> Any:
+def _parse(file: Path, kind: type) -> Any:
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(file.read_text())
+    except ValueError as error:
         raise RunError(f"{file} is not JSON ({error}); the run directory is broken") from None
+    if not isinstance(content, kind):
+        raise RunError(f"{file} must hold a JSON {kind.__name__}, got {content!r}; the run directory is broken")
+    return content
 
 
 def _write_whole(file: Path, text: str) -> None:

@@ -1,7 +1,9 @@
 """A whole run: its members sorted into populations, each trained, evaluated and recorded; resumed where it stopped."""
 
 import json
+import re
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -84,7 +86,9 @@ def sort_into_populations(configs: Sequence[Config]) -> dict[str, Members]:
         parts = [_label(config, name) for name in structural if name != "method"]
         population = "-".join([config.method, *parts])
         member = "-".join([population, *(_label(config, name) for name in numeric)])
-        populations.setdefault(population, {})[member] = config
+        if member in populations.setdefault(population, {}):
+            raise ConfigError(f"sweep: two runs would have the name {member}; their values differ too little to tell")
+        populations[population][member] = config
     return populations
 
 
@@ -128,6 +132,13 @@ class Trainer:
                 )
             self._directory.rewind(self._name, -1)
             return state, 0
+        evaluated = self._directory.of("evaluation", population=self._name, step=0)
+        trained = self._directory.of("train", population=self._name, step=step)
+        if len(evaluated) < len(self._members) or len(trained) < len(self._members):
+            raise RunError(
+                f"{self._directory.path / 'metrics.jsonl'} lacks records of {self._name} up to its checkpoint of step "
+                f"{step}; put the file back, or delete the run directory to start again"
+            )
         state, place = checkpoints.restore(step, state)
         for seed, iterator in self._iterators.items():
             iterator.set_state(place[str(seed)])
@@ -196,12 +207,14 @@ class Trainer:
         self._directory.rewind(self._name, steps)
         batch_size = self._config.training.eval_batch_size
         texts = generate_answers(self._program, state, self._examples, batch_size=batch_size)
-        diverged = np.asarray(state.diverged_at)
+        diverged = np.array(state.diverged_at)
         records = []
         for index, member in enumerate(self._members):
             evaluation = self._directory.of("evaluation", population=self._name, member=member, step=steps)[-1]
             last = self._directory.of("train", population=self._name, member=member, step=steps)[-1]
             accuracy = accuracies(texts[index], self._examples)
+            if diverged[index] < 0 and not np.isfinite(float(evaluation["evaluation_loss"])):
+                diverged[index] = steps  # the last update broke the model
             records.append(
                 {
                     "kind": "result",
@@ -270,8 +283,11 @@ def _program(name: str, members: Mapping[str, Config]) -> Program:
 
 def _label(config: Config, field: str) -> str:
     value = get_field(config, field)
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return f"{field.rsplit('.', 1)[-1]}={text.replace('/', '_')}"
+    text = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    text = re.sub(r"[^\w.+-]+", "_", text)
+    if len(text) > 40 or (isinstance(value, str) and text != value):
+        text = f"{text[:24]}~{zlib.crc32(repr(value).encode()):08x}"
+    return f"{field.rsplit('.', 1)[-1]}={text}"
 
 
 def _number(value) -> float | int | str:

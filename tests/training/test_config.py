@@ -83,6 +83,7 @@ BAD_FIELDS = [
     ("optimizer.schedule", "cos", "optimizer.schedule must be of type .*got 'cos'"),
     ("optimizer.clip_norm", 0.0, "optimizer.clip_norm must be positive or None"),
     ("training.steps", 0, "training.steps must be at least 1"),
+    ("optimizer.warmup_steps", 1000, r"optimizer.warmup_steps must be below training.steps \(1000\)"),
     ("data.modules", ["a"], "data.modules must be of type tuple"),
     ("data.difficulty", (1, "2"), "data.difficulty must be of type tuple"),
     ("seed", -1, "seed must be from 0"),
@@ -160,6 +161,9 @@ def test_wrong_command_lines_give_one_line_and_exit_code_2(case, config, tmp_pat
         (HEAD + "config = Config()", "missing 1 required positional argument: 'name'"),
         ("import nonsense_module", "No module named 'nonsense_module'"),
         ("config = (", "SyntaxError"),
+        ("raise SystemExit(0)", "fails: SystemExit"),
+        (HEAD + "config = Config(name='x')\nsweep = 3", "sweep must map field names to values.*got 3"),
+        (HEAD + "config = Config(name='x')\nsweep = ['seed']", "sweep must map field names to values"),
     ],
 )
 def test_wrong_config_files(text, message, tmp_path):

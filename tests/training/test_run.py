@@ -194,6 +194,20 @@ def damage_record(folder):
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def damage_foreign_line(folder):
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("5\n")
+
+
+def damage_other_json(folder):
+    (folder / "config.json").write_text("[]")
+
+
+def damage_lost_record(folder):
+    lines = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"population": "lora"' in line]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -203,6 +217,9 @@ def damage_record(folder):
         (damage_meta, "balora/4 is broken .*not those that were saved"),
         (damage_config, "config.json is not JSON"),
         (damage_record, "metrics.jsonl, line 4 is not JSON"),
+        (damage_foreign_line, "is no record of a run"),
+        (damage_other_json, "must hold a JSON dict"),
+        (damage_lost_record, "lacks records of balora up to its checkpoint of step 4"),
     ],
 )
 def test_damage_is_reported(stopped, config, damage, message):
@@ -211,6 +228,37 @@ def test_damage_is_reported(stopped, config, damage, message):
     with pytest.raises(RunError, match=message):
         run(config, SWEEP, stopped, QUIET)
     assert (stopped / "metrics.jsonl").read_text() == before, "nothing may be lost"
+
+
+def test_model_broken_by_its_last_update_counts_as_diverged(members, tmp_path):
+    config = members(training__steps=1, optimizer__learning_rate=1e16)
+    (row,) = run(config, {}, tmp_path / "out", QUIET)
+    assert row["diverged"] == 1
+    assert "best" not in row
+
+
+def test_values_that_print_alike_keep_their_runs(config):
+    close = {
+        "optimizer.b2": (0.9999991, 0.9999992),
+        "model.path": ("a/b", "a_b"),
+        "data.modules": (("m",) * 40, ("n",)),
+    }
+    populations = sort_into_populations(expand(config, close))
+    assert sum(map(len, populations.values())) == 8
+    assert len(populations) == 4
+    assert max(map(len, populations)) < 200
+
+
+def test_run_killed_before_its_first_file_goes_on(config, tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / "config.json.tmp").write_text("{")
+    assert run(config, {}, tmp_path, QUIET)
+
+
+def test_output_that_cannot_be_written_is_refused(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot write to the output folder"):
+        run(config, {}, tmp_path / "file" / "out", QUIET)
 
 
 def test_half_a_line_at_the_end_is_forgiven(stopped, finished, config):
