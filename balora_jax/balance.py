@@ -49,8 +49,8 @@ def balance(lora_a: jax.Array, lora_b: jax.Array, *, gauge: Gauge = "svd") -> tu
 
             * `"svd"`: diagonal Gram matrices; columns ordered and signed as those of the incoming pair, so that an
               optimizer's per-entry state keeps its meaning.
-            * `"raw_svd"`: diagonal Gram matrices; singular values descend, signs as the backend's SVD returns them (the
-              paper's projection, kept for comparison).
+            * `"raw_svd"`: diagonal Gram matrices; singular values descend, signs as the backend returns them, which
+              flips columns from step to step. The paper's three SVDs flip more of them; kept for comparison.
             * `"nearest"`: the balanced pair closest to the incoming one in the Frobenius norm.
             * `"symmetric"`: `(A T, T^-1 B)` with `T` symmetric positive definite, the square root of the
               optimal-transport map between the Gaussians with covariances `A^T A` and `B B^T`.

@@ -77,7 +77,7 @@ def _mathematics(settings: DataSettings) -> Splits:
         held_out = {example.question for example in evaluation}
         train = _read_evenly(settings, ("train-easy", "train-medium", "train-hard"), settings.train_examples)
         train = [example for example in train if example.question not in held_out]
-    return Splits(_as_dataset(train), _as_dataset(evaluation), CharTokenizer())
+    return Splits(as_dataset(train), as_dataset(evaluation), CharTokenizer())
 
 
 def _read_evenly(settings: DataSettings, splits: tuple[str, ...], count: int) -> list[mathematics.Example]:
@@ -89,7 +89,8 @@ def _read_evenly(settings: DataSettings, splits: tuple[str, ...], count: int) ->
     return mathematics.read_folder(settings.path, modules, split=splits, limit=per_file)[:count]
 
 
-def _as_dataset(examples: list[mathematics.Example]) -> datasets.Dataset:
+def as_dataset(examples: list[mathematics.Example]) -> datasets.Dataset:
+    """Returns mathematics examples with the columns that all recipes give."""
     return datasets.Dataset.from_dict(
         {
             "module": [example.module for example in examples],

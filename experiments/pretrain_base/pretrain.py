@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +22,7 @@ from flax import nnx
 
 from balora_jax.data.batches import batches, encode, pack, pad
 from balora_jax.data.mathematics import generate
+from balora_jax.data.recipes import as_dataset
 from balora_jax.data.tokenizer import CharTokenizer
 from balora_jax.models import Decoder, DecoderConfig
 from balora_jax.models.weights import save_decoder
@@ -62,17 +62,6 @@ CONFIG = DecoderConfig(
 )
 LENGTH = 128
 CHUNK = 65_536
-
-
-def as_dataset(examples) -> datasets.Dataset:
-    """The examples with the columns that `encode` reads."""
-    return datasets.Dataset.from_dict(
-        {
-            "module": [e.module for e in examples],
-            "prompt": [f"{e.question} " for e in examples],
-            "answer": [e.answer for e in examples],
-        }
-    )
 
 
 def endless(batch_size: int, seed: int):
