@@ -4,17 +4,20 @@ The core works on plain arrays and parameter trees and needs jax and optax alone
 training of the experiments live in the subpackages `adapters`, `models`, `data` and `training`.
 """
 
-from balora_jax.balance import GAUGES, Balanced, balance, balance_pair, balancing_gap
+from balora_jax.balance import Balanced, balance, balance_pair, balance_pairs, balancing_gap
+from balora_jax.gauge import GAUGES, ROUTES
 from balora_jax.pairs import Pair, find_pairs
 from balora_jax.transform import BaloraProjectState, balora_project
 
 __all__ = [
     "GAUGES",
+    "ROUTES",
     "Balanced",
     "BaloraProjectState",
     "Pair",
     "balance",
     "balance_pair",
+    "balance_pairs",
     "balancing_gap",
     "balora_project",
     "find_pairs",

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from balora_jax.balance import Gauge, balance_pair, check_gauge, working_dtype
+from balora_jax.balance import balance_pair, working_dtype
+from balora_jax.gauge import Gauge, check_gauge
 from balora_jax.pairs import Pairs, find_pairs, map_factors, read_pairs, write_pairs
 
 

@@ -1,0 +1,283 @@
+"""The change of gauge that balances a pair, from its two Gram matrices alone: r x r mathematics, stacked over pairs.
+
+A pair `(A, B)` with `P = A^T A` and `Q = B B^T` becomes `(A T, T^-1 B)`. `T` balances it when
+`T^T P T = T^-1 Q T^-T`, and the balanced pair is hyper-balanced when this common matrix is diagonal. Two routes lead
+there:
+
+* *exact*: Cholesky factors `P = L_A L_A^T`, `Q = L_B L_B^T`, the SVD `L_A^T L_B = U S V^T`, and then
+  `T = L_B V S^-1/2`, `T^-1 = S^-1/2 U^T L_A^T` (square-root balancing of control theory; no inverse is formed).
+* *iterative*: matrix products and elementwise work only. Every entry pair (i, j) of the correction is the Jacobi
+  rotation that would diagonalise `(P + Q) / 2` there plus the smallest symmetric move that would cancel `P - Q`, and
+  all entries move at once. It converges quadratically from a nearly hyper-balanced pair, as a training step leaves it.
+
+Every other balanced pair differs from the hyper-balanced one by a rotation, `rotation`, which the gauge chooses.
+"""
+
+from functools import partial
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Gauge = Literal["svd", "raw_svd", "nearest", "symmetric"]
+GAUGES: tuple[str, ...] = get_args(Gauge)
+Route = Literal["auto", "exact", "iterative"]
+ROUTES: tuple[str, ...] = get_args(Route)
+
+matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+_MOST_STEPS = 24
+# The longest step of each part of the correction, in the spectral norm.
+_LONGEST_STEP = 0.6
+
+
+class Change(NamedTuple):
+    """A change of gauge for each of n pairs.
+
+    Attributes:
+        forward: `(n, r, r)`, T.
+        inverse: `(n, r, r)`, T^-1.
+        values: `(n, r)`, the singular values of A B: the squared norms of the columns of A T, in their order.
+        found: `(n)` bool, whether the route found T.
+    """
+
+    forward: jax.Array
+    inverse: jax.Array
+    values: jax.Array
+    found: jax.Array
+
+
+def check_gauge(gauge: str) -> None:
+    """Raises if `gauge` is not one of `GAUGES`."""
+    _check_choice("gauge", gauge, GAUGES)
+
+
+def check_route(route: str, gauge: str) -> None:
+    """Raises if `route` is not one of `ROUTES`, or cannot give the gauge."""
+    _check_choice("route", route, ROUTES)
+    if route == "iterative" and gauge != "svd":
+        raise ValueError(f"route 'iterative' gives the gauge 'svd' alone, got gauge {gauge!r}")
+
+
+def column_norms(gram: jax.Array) -> jax.Array:
+    """The norms `(n, r)` of the columns whose Gram matrices `(n, r, r)` these are."""
+    return jnp.sqrt(_diagonal(gram))
+
+
+def exact_change(gram_a: jax.Array, gram_b: jax.Array, *, shift: float = 0.0) -> tuple[Change, jax.Array]:
+    """Returns the hyper-balancing change of gauge by Cholesky factorisations and an SVD.
+
+    Pairs run one after the other: XLA's CPU backend can deadlock when two batched LAPACK calls of one program wait for
+    each other, and its GPU backend runs such a batch one by one anyway.
+
+    Args:
+        gram_a: `(n, r, r)`, P.
+        gram_b: `(n, r, r)`, Q.
+        shift: added to the unit diagonal of a scaled Gram matrix whose Cholesky factorisation fails, which gives a
+            change that keeps the product and improves the balance; 0 gives such a pair up.
+
+    Returns:
+        The change, singular values descending, and `(n)` bool: which pairs were shifted.
+    """
+    norm_a, norm_b = column_norms(gram_a), column_norms(gram_b)
+    usable = _positive(norm_a) & _positive(norm_b)
+    norm_a, norm_b = (jnp.where(usable[:, None], norm, 1) for norm in (norm_a, norm_b))
+    identity = jnp.eye(gram_a.shape[-1], dtype=gram_a.dtype)
+
+    def factor(gram):
+        lower = jnp.linalg.cholesky(gram, symmetrize_input=False)
+        if not shift:
+            return lower, jnp.zeros((), bool)
+        failed = ~jnp.isfinite(lower).all()
+        again = lax.cond(failed, lambda: jnp.linalg.cholesky(gram + shift * identity), lambda: lower)
+        return again, failed
+
+    def decompose(pair):
+        scaled_a, scaled_b, weight = pair
+        (lower_a, shifted_a), (lower_b, shifted_b) = factor(scaled_a), factor(scaled_b)
+        core = matmul(lower_a.T * weight[None, :], lower_b)
+        finite = jnp.isfinite(core).all()
+        u, s, vt = jnp.linalg.svd(jnp.where(finite, core, identity))
+        return lower_a, lower_b, u, s, vt, finite & (s[-1] > 0), shifted_a | shifted_b
+
+    scaled_a, scaled_b = (
+        jnp.where(usable[:, None, None], gram / (norm[:, :, None] * norm[:, None, :]), identity[None])
+        for gram, norm in ((gram_a, norm_a), (gram_b, norm_b))
+    )
+    lower_a, lower_b, u, s, vt, found, shifted = lax.map(decompose, (scaled_a, scaled_b, norm_a * norm_b))
+    root = jnp.sqrt(jnp.where(found[:, None], s, 1))
+    forward = norm_b[:, :, None] * matmul(lower_b, vt.mT / root[:, None, :])
+    inverse = matmul(u.mT / root[:, :, None], lower_a.mT) * norm_a[:, None, :]
+    return Change(forward, inverse, root**2, found & usable), shifted
+
+
+def iterative_change(gram_a: jax.Array, gram_b: jax.Array) -> Change:
+    """Returns the hyper-balancing change of gauge of nearly hyper-balanced pairs, by matrix products alone.
+
+    The columns keep their order and signs. A step is `T <- T exp(F)` with
+    `F_ij = (Q - P)_ij / (2 (w_i + w_j)) - t_ij`, where `w` is the diagonal of `(P + Q) / 2` and `t_ij` is the tangent
+    of the Jacobi rotation that diagonalises `(P + Q) / 2` in the plane (i, j).
+
+    Args:
+        gram_a: `(n, r, r)`, P.
+        gram_b: `(n, r, r)`, Q.
+
+    Returns:
+        The change; `found` is false where the steps did not become small.
+    """
+    rank, dtype = gram_a.shape[-1], gram_a.dtype
+    identity = jnp.eye(rank, dtype=dtype)[None]
+    rounding = 4 * jnp.finfo(dtype).eps * rank**0.5
+    upper = jnp.triu(jnp.ones((1, rank, rank), dtype), 1)
+    sense = upper - upper.mT  # of the rotation between two equal values
+
+    def grams(forward, inverse):
+        return _congruent(gram_a, forward), _congruent(gram_b, inverse.mT)
+
+    def correction(p, q):
+        w = (_diagonal(p) + _diagonal(q)) / 2
+        w_i, w_j = w[:, :, None], w[:, None, :]
+        move = (q - p) / (2 * (w_i + w_j))
+        tilt = jnp.where(identity > 0, 0, p + q)  # twice the off-diagonal part of (P + Q) / 2
+        tilt = jnp.where(jnp.abs(tilt) > 2 * rounding * jnp.sqrt(w_i * w_j), tilt, 0)
+        apart = w_i - w_j
+        tangent = tilt / (jnp.abs(apart) + jnp.sqrt(apart**2 + tilt**2) + jnp.finfo(dtype).tiny)
+        turn = tangent * jnp.where(apart == 0, sense, jnp.sign(apart))
+        error = (jnp.maximum(jnp.abs(q - p), jnp.abs(tilt)) / jnp.sqrt(w_i * w_j)).max((1, 2))
+        return _shortened(move) - _shortened(turn), error
+
+    def unfinished(carry):
+        steps, _, _, error = carry
+        return (steps < _MOST_STEPS) & (error > 4 * rounding).any()  # false for the NaN of a pair that broke
+
+    def improve(carry):
+        steps, forward, inverse, _ = carry
+        step, error = correction(*grams(forward, inverse))
+        square = matmul(step, step)
+        odd, even = step + matmul(square, step) / 6, identity + square / 2
+        forward, inverse = matmul(forward, even + odd), matmul(even - odd, inverse)
+        # a step of Newton's method for the inverse: the product A B rests on it
+        inverse = 2 * inverse - matmul(inverse, matmul(forward, inverse))
+        return steps + 1, forward, inverse, error
+
+    norm_a, norm_b = column_norms(gram_a), column_norms(gram_b)
+    usable = _positive(norm_a) & _positive(norm_b)
+    stretch = jnp.sqrt(jnp.where(usable[:, None], norm_b, 1) / jnp.where(usable[:, None], norm_a, 1))
+    start = (
+        jnp.zeros((), jnp.int32),
+        stretch[:, :, None] * identity,
+        identity / stretch[:, :, None],
+        jnp.where(usable, jnp.inf, jnp.nan).astype(dtype),
+    )
+    _, forward, inverse, error = lax.while_loop(unfinished, improve, start)
+    p, q = grams(forward, inverse)
+    balanced = _norm(q - p) <= 8 * jnp.finfo(dtype).eps * _norm(p)
+    values = _diagonal(p)
+    return Change(forward, inverse, values, balanced & (error <= 4 * rounding) & _positive(values))
+
+
+def rotation(change: Change, gram_a: jax.Array, gram_b: jax.Array, gauge: str) -> jax.Array:
+    """Returns the rotations `(n, r, r)` that take hyper-balanced pairs into a gauge.
+
+    Args:
+        change: from the incoming pairs to the hyper-balanced ones.
+        gram_a: `(n, r, r)`, Gram matrices of the incoming pairs.
+        gram_b: `(n, r, r)`.
+        gauge: one of `GAUGES`.
+    """
+    if gauge == "raw_svd":
+        return jnp.broadcast_to(jnp.eye(gram_a.shape[-1], dtype=gram_a.dtype), gram_a.shape)
+    if gauge == "symmetric":
+        return polar(change.forward).mT
+    overlap_a, overlap_b = matmul(change.forward.mT, gram_a), matmul(change.inverse, gram_b)
+    if gauge == "nearest":
+        return polar(overlap_a + overlap_b)
+    return matching(overlap_a, overlap_b, change.values, column_norms(gram_a), column_norms(gram_b))
+
+
+def polar(matrix: jax.Array) -> jax.Array:
+    """The orthogonal factors of the polar decompositions of stacked matrices `(n, k, r)`, `k <= r`."""
+
+    def one(matrix):
+        finite = jnp.isfinite(matrix).all()
+        u, _, vt = jnp.linalg.svd(jnp.where(finite, matrix, 0), full_matrices=False)
+        return matmul(u, vt)
+
+    return lax.map(one, matrix)
+
+
+def matching(
+    overlap_a: jax.Array, overlap_b: jax.Array, values: jax.Array, norm_a: jax.Array, norm_b: jax.Array
+) -> jax.Array:
+    """The signed permutations that align new columns to the incoming ones, `(n, k, r)`.
+
+    Pairs every new column with an incoming one by the greedy rule, largest |cosine| first: in each round all pairs that
+    prefer each other are taken at once.
+
+    Args:
+        overlap_a: `(n, k, r)`, inner products of new columns of A with incoming ones.
+        overlap_b: `(n, k, r)`, of new rows of B with incoming ones.
+        values: `(n, k)`, squared norms of the new columns and rows, positive.
+        norm_a: `(n, r)`, norms of the incoming columns of A.
+        norm_b: `(n, r)`, norms of the incoming rows of B.
+    """
+    norm_a, norm_b = (jnp.where(norm > 0, norm, jnp.inf)[:, None, :] for norm in (norm_a, norm_b))
+    cosine = (overlap_a / norm_a + overlap_b / norm_b) / jnp.sqrt(values)[:, :, None]
+    likeness = jnp.nan_to_num(jnp.abs(cosine), nan=0.0)
+    rows, columns = likeness.shape[1:]
+    row, column = jnp.arange(rows)[None, :, None], jnp.arange(columns)[None, None, :]
+
+    def unfinished(carry):
+        rounds, chosen = carry
+        return (rounds < 2 * rows) & ~chosen.any(2).all()
+
+    def first_mutual(score):
+        """Unique choices also where several scores are equal."""
+        best_in_row, best_in_column = score == score.max(2, keepdims=True), score == score.max(1, keepdims=True)
+        first_column = jnp.where(best_in_row, column, columns).min(2, keepdims=True)
+        first_row = jnp.where(best_in_column, row, rows).min(1, keepdims=True)
+        return (first_column == column) & (first_row == row) & (score >= 0)
+
+    def match(carry):
+        rounds, chosen = carry
+        free = ~(chosen.any(2)[:, :, None] | chosen.any(1)[:, None, :])
+        score = jnp.where(free, likeness, -1.0)
+        mutual = free & (score == score.max(2, keepdims=True)) & (score == score.max(1, keepdims=True))
+        tied = ((mutual.sum(2) > 1).any(1) | (mutual.sum(1) > 1).any(1)).any()
+        return rounds + 1, chosen | lax.cond(tied, first_mutual, lambda _: mutual, score)
+
+    start = (jnp.zeros((), jnp.int32), jnp.zeros(likeness.shape, bool))
+    _, chosen = lax.while_loop(unfinished, match, start)
+    return jnp.where(chosen, jnp.where(cosine < 0, -1.0, 1.0), 0.0).astype(overlap_a.dtype)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _diagonal(matrix):
+    return jnp.diagonal(matrix, axis1=1, axis2=2)
+
+
+def _norm(matrix):
+    return jnp.linalg.norm(matrix, axis=(1, 2))
+
+
+def _positive(numbers):
+    """Whether all numbers of each row are positive and finite."""
+    return ((numbers > 0) & jnp.isfinite(numbers)).all(1)
+
+
+def _congruent(gram, change):
+    """`T^T P T`, stacked."""
+    return matmul(matmul(change.mT, gram), change)
+
+
+def _shortened(step):
+    """Symmetric or skew steps `(n, r, r)`, scaled down where their spectral norm may exceed what an iteration bears."""
+    length = jnp.sqrt(jnp.abs(matmul(step, step)).sum(2).max(1))  # at least the spectral norm
+    return step * jnp.minimum(1, _LONGEST_STEP / jnp.where(length > 0, length, 1))[:, None, None]
