@@ -65,8 +65,8 @@ def column_norms(gram: jax.Array) -> jax.Array:
     return jnp.sqrt(_diagonal(gram))
 
 
-def exact_change(gram_a: jax.Array, gram_b: jax.Array, *, shift: float = 0.0) -> tuple[Change, jax.Array]:
-    """Returns the hyper-balancing change of gauge by Cholesky factorisations and an SVD.
+def exact_change(gram_a: jax.Array, gram_b: jax.Array) -> Change:
+    """Returns the hyper-balancing change of gauge by Cholesky factorisations and an SVD, singular values descending.
 
     Pairs run one after the other: XLA's CPU backend can deadlock when two batched LAPACK calls of one program wait for
     each other, and its GPU backend runs such a batch one by one anyway.
@@ -74,42 +74,30 @@ def exact_change(gram_a: jax.Array, gram_b: jax.Array, *, shift: float = 0.0) ->
     Args:
         gram_a: `(n, r, r)`, P.
         gram_b: `(n, r, r)`, Q.
-        shift: added to the unit diagonal of a scaled Gram matrix whose Cholesky factorisation fails, which gives a
-            change that keeps the product and improves the balance; 0 gives such a pair up.
-
-    Returns:
-        The change, singular values descending, and `(n)` bool: which pairs were shifted.
     """
     norm_a, norm_b = column_norms(gram_a), column_norms(gram_b)
     usable = _positive(norm_a) & _positive(norm_b)
     norm_a, norm_b = (jnp.where(usable[:, None], norm, 1) for norm in (norm_a, norm_b))
     identity = jnp.eye(gram_a.shape[-1], dtype=gram_a.dtype)
 
-    def factor(gram):
-        lower = jnp.linalg.cholesky(gram, symmetrize_input=False)
-        if not shift:
-            return lower, jnp.zeros((), bool)
-        failed = ~jnp.isfinite(lower).all()
-        again = lax.cond(failed, lambda: jnp.linalg.cholesky(gram + shift * identity), lambda: lower)
-        return again, failed
-
     def decompose(pair):
         scaled_a, scaled_b, weight = pair
-        (lower_a, shifted_a), (lower_b, shifted_b) = factor(scaled_a), factor(scaled_b)
+        lower_a, lower_b = (jnp.linalg.cholesky(x, symmetrize_input=False) for x in (scaled_a, scaled_b))
         core = matmul(lower_a.T * weight[None, :], lower_b)
         finite = jnp.isfinite(core).all()
         u, s, vt = jnp.linalg.svd(jnp.where(finite, core, identity))
-        return lower_a, lower_b, u, s, vt, finite & (s[-1] > 0), shifted_a | shifted_b
+        return lower_a, lower_b, u, s, vt, finite & (s[-1] > 0)
 
+    # columns scaled to norm 1: an ill-scaled Gram matrix costs Cholesky factors nothing then
     scaled_a, scaled_b = (
         jnp.where(usable[:, None, None], gram / (norm[:, :, None] * norm[:, None, :]), identity[None])
         for gram, norm in ((gram_a, norm_a), (gram_b, norm_b))
     )
-    lower_a, lower_b, u, s, vt, found, shifted = lax.map(decompose, (scaled_a, scaled_b, norm_a * norm_b))
+    lower_a, lower_b, u, s, vt, found = lax.map(decompose, (scaled_a, scaled_b, norm_a * norm_b))
     root = jnp.sqrt(jnp.where(found[:, None], s, 1))
     forward = norm_b[:, :, None] * matmul(lower_b, vt.mT / root[:, None, :])
     inverse = matmul(u.mT / root[:, :, None], lower_a.mT) * norm_a[:, None, :]
-    return Change(forward, inverse, root**2, found & usable), shifted
+    return Change(forward, inverse, root**2, found & usable)
 
 
 def iterative_change(gram_a: jax.Array, gram_b: jax.Array) -> Change:
@@ -175,6 +163,11 @@ def iterative_change(gram_a: jax.Array, gram_b: jax.Array) -> Change:
     balanced = _norm(q - p) <= 8 * jnp.finfo(dtype).eps * _norm(p)
     values = _diagonal(p)
     return Change(forward, inverse, values, balanced & (error <= 4 * rounding) & _positive(values))
+
+
+def turned(change: Change, turn: jax.Array) -> Change:
+    """The change followed by a rotation `(n, r, r)` of the balanced pairs."""
+    return change._replace(forward=matmul(change.forward, turn), inverse=matmul(turn.mT, change.inverse))
 
 
 def rotation(change: Change, gram_a: jax.Array, gram_b: jax.Array, gauge: str) -> jax.Array:

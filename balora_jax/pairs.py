@@ -1,4 +1,4 @@
-"""Finding the LoRA pairs of any parameter tree, and running a function over all of them at once.
+"""Finding the LoRA pairs of any parameter tree, reading them in one layout, and writing them back.
 
 A pair is found by the names of its two factors, which differ in one token of the path:
 
@@ -129,31 +129,6 @@ def write_pairs(tree: Any, pairs: Sequence[Pair], factors: Sequence[tuple[jax.Ar
         at_a, at_b = position[pair.path_a], position[pair.path_b]
         leaves[at_a], leaves[at_b] = pair.restored(lora_a, lora_b, leaves[at_a], leaves[at_b])
     return jax.tree.unflatten(treedef, leaves)
-
-
-def map_factors(function: Callable, factors: Sequence[tuple[jax.Array, jax.Array]]) -> list[Any]:
-    """Runs a function over many pairs, stacked, once per shape.
-
-    Args:
-        function: takes `lora_a (n, a, r)` and `lora_b (n, r, b)`; returns a pytree of arrays with leading axis `n`.
-        factors: pairs of any shapes, as `read_pairs` returns them.
-
-    Returns:
-        The function's result for each pair, in order.
-    """
-    groups: dict[tuple, list[int]] = {}
-    for i, (lora_a, lora_b) in enumerate(factors):
-        key = (lora_a.shape[1:], lora_b.shape[1:], lora_a.dtype, lora_b.dtype)
-        groups.setdefault(key, []).append(i)
-    results: list[Any] = [None] * len(factors)
-    for members in groups.values():
-        outcome = function(*(jnp.concatenate([factors[i][side] for i in members]) for side in (0, 1)))
-        start = 0
-        for i in members:
-            part = slice(start, start + factors[i][0].shape[0])
-            results[i] = jax.tree.map(lambda x, part=part: x[part], outcome)
-            start = part.stop
-    return results
 
 
 def _name(path) -> str:

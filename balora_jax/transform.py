@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from balora_jax.balance import balance_pair, working_dtype
-from balora_jax.gauge import Gauge, check_gauge
-from balora_jax.pairs import Pairs, find_pairs, map_factors, read_pairs, write_pairs
+from balora_jax.balance import Balanced, changed_pairs, working_dtype
+from balora_jax.gauge import Gauge, Route, check_gauge, check_route
+from balora_jax.pairs import Pairs, find_pairs, read_pairs, write_pairs
 
 
 class BaloraProjectState(NamedTuple):
@@ -27,7 +27,12 @@ class BaloraProjectState(NamedTuple):
 
 
 def balora_project(
-    *, gauge: Gauge = "svd", every: int = 1, start_step: int = 0, pairs: Pairs | None = None
+    *,
+    gauge: Gauge = "svd",
+    route: Route = "auto",
+    every: int = 1,
+    start_step: int = 0,
+    pairs: Pairs | None = None,
 ) -> optax.GradientTransformation:
     """Balances every LoRA pair after the step: `params + updates` lies on the set `A^T A = B B^T`.
 
@@ -37,6 +42,7 @@ def balora_project(
 
     Args:
         gauge: which balanced pair to take, see `balora_jax.balance`.
+        route: how the r x r work is done, see `balora_jax.balance`.
         every: projects after every `every`-th update only.
         start_step: number of first updates that are not followed by a projection.
         pairs: names the pairs if their leaves have other names than `find_pairs` knows; see there.
@@ -71,6 +77,7 @@ def balora_project(
         True
     """
     check_gauge(gauge)
+    check_route(route, gauge)
     _check_count("every", every, 1)
     _check_count("start_step", start_step, 0)
     always = isinstance(every, int) and every == 1 and isinstance(start_step, int) and start_step == 0
@@ -83,21 +90,19 @@ def balora_project(
     def project(updates, params):
         found = find_pairs(params, pairs)
         old, steps = read_pairs(params, found), read_pairs(updates, found)
-        moved = [
-            (_add_wide(old_a, step_a), _add_wide(old_b, step_b))
-            for (old_a, old_b), (step_a, step_b) in zip(old, steps, strict=True)
-        ]
-        balanced = map_factors(lambda a, b: balance_pair(a, b, gauge=gauge), moved)
+        moved = [tuple(map(_add_wide, factors, step)) for factors, step in zip(old, steps, strict=True)]
         new_steps, untouched, nonfinite = [], jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        for (old_a, old_b), (step_a, step_b), outcome in zip(old, steps, balanced, strict=True):
-            lost = _rounded_away(old_a, outcome.lora_a) | _rounded_away(old_b, outcome.lora_b)
-            keep = outcome.untouched | (lost & ~outcome.nonfinite)
-            left = (keep | outcome.nonfinite)[:, None, None]
-            new_a = jnp.where(left, step_a, (outcome.lora_a - old_a).astype(step_a.dtype))
-            new_b = jnp.where(left, step_b, (outcome.lora_b - old_b).astype(step_b.dtype))
-            new_steps.append((new_a, new_b))
-            untouched += keep.sum(dtype=jnp.int32)
-            nonfinite += outcome.nonfinite.sum(dtype=jnp.int32)
+        for factors, step, new in zip(old, steps, changed_pairs(moved, gauge=gauge, route=route), strict=True):
+            lost = _rounded_away(new, factors[0].dtype, factors[1].dtype)
+            left = (new.untouched | new.nonfinite | lost)[:, None, None]
+            new_steps.append(
+                tuple(
+                    jnp.where(left, u, (x - p).astype(u.dtype))
+                    for u, x, p in zip(step, (new.lora_a, new.lora_b), factors, strict=True)
+                )
+            )
+            untouched += (new.untouched | lost).sum(dtype=jnp.int32)
+            nonfinite += new.nonfinite.sum(dtype=jnp.int32)
         return write_pairs(updates, found, new_steps), untouched, nonfinite
 
     def update_fn(updates, state, params=None):
@@ -122,10 +127,16 @@ def _add_wide(param, update):
     return param.astype(wide) + update.astype(wide)
 
 
-def _rounded_away(old: jax.Array, new: jax.Array) -> jax.Array:
-    """Whether `old + (new - old)` would lose half of the digits of `new`, which is so much smaller, `(n,)`."""
-    limit = jnp.sqrt(jnp.finfo(old.dtype).eps) * jnp.abs(old).max((-2, -1))
-    return jnp.abs(new).max((-2, -1)) < limit
+def _rounded_away(new: Balanced, dtype_a, dtype_b) -> jax.Array:
+    """Whether a new factor is so much smaller that `old + (new - old)` would lose half of its digits, `(n,)`."""
+    return (_norm(new.change) < jnp.finfo(dtype_a).eps ** 0.5) | (
+        _norm(new.inverse_change) < jnp.finfo(dtype_b).eps ** 0.5
+    )
+
+
+def _norm(change):
+    """The Frobenius norm per column, `(n,)`."""
+    return jnp.linalg.norm(change, axis=(-2, -1)) / change.shape[-1] ** 0.5
 
 
 def _check_count(name: str, value, least: int) -> None:

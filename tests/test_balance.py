@@ -220,8 +220,6 @@ def deficient_pairs():
         "A of rank r/2": (a @ half, b),
         "B of rank r/2": (a, half @ b),
         "A B = 0": (a * left, right[:, None] * b),
-        "r > a": (a[: rank - 1], b),
-        "r > b": (a, b[:, :1]),
     }
 
 

@@ -9,7 +9,7 @@ from flax import linen, nnx
 from oracles import gap, same_bits
 
 from balora_jax import Pair, balance, find_pairs
-from balora_jax.pairs import map_factors, read_pairs, write_pairs
+from balora_jax.pairs import read_pairs, write_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix")
 
@@ -336,19 +336,3 @@ def test_errors_name_the_path(case):
     with pytest.raises(error) as caught:
         find_pairs(tree, pairs)
     assert all(fragment in str(caught.value) for fragment in fragments), caught.value
-
-
-def test_map_factors_runs_once_per_shape_and_dtype():
-    shapes = [(1, 6, 2, 5), (3, 6, 2, 5), (1, 5, 2, 6), (2, 6, 2, 5)]
-    factors = [(normal(n, a, r), normal(n, r, b)) for n, a, r, b in shapes]
-    factors.append(tuple(x.astype(jnp.bfloat16) for x in factors[0]))
-    calls = []
-
-    def product(a, b):
-        calls.append((a.shape, str(a.dtype)))
-        return {"product": a @ b}
-
-    results = map_factors(product, factors)
-    assert calls == [((6, 6, 2), "float32"), ((1, 5, 2), "float32"), ((1, 6, 2), "bfloat16")]
-    for result, (a, b) in zip(results, factors, strict=True):
-        np.testing.assert_array_equal(result["product"], a @ b)

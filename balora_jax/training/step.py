@@ -18,7 +18,7 @@ from balora_jax.adapters import adapter_scale, add_adapters, iter_adapters
 from balora_jax.balance import balancing_gap
 from balora_jax.methods import get_method
 from balora_jax.models import Decoder
-from balora_jax.pairs import find_pairs, map_factors, read_pairs
+from balora_jax.pairs import find_pairs, read_pairs
 from balora_jax.training.config import NUMERIC_FIELDS, Config, get_field, with_field
 
 Batch = dict[str, jax.Array]
@@ -202,7 +202,7 @@ class Program:
 def _balance_metrics(state: TrainState) -> dict[str, jax.Array]:
     """Balancing gaps over the pairs, and how many pairs the projection left untouched, if there is one."""
     pairs = find_pairs(state.adapters)
-    gaps = jnp.concatenate(map_factors(balancing_gap, read_pairs(state.adapters, pairs)))
+    gaps = jnp.concatenate([balancing_gap(*factors) for factors in read_pairs(state.adapters, pairs)])
     metrics = {"gap_mean": gaps.mean(), "gap_worst": gaps.max()}
     for name in ("untouched", "nonfinite"):
         count = optax.tree.get(state.opt_state, name)

@@ -1,0 +1,248 @@
+"""Balancing stacks of pairs of one rank: products with the factors around the r x r work of `balora_jax.gauge`.
+
+All pairs go through together: one Gram product of each factor, one stacked batch of r x r work, one product that
+applies the change of gauge to each factor. Where Gram matrices of working precision cannot carry this (ill-conditioned
+factors, extreme scales, lacking rank), the Gram matrices of these stacks are computed once more in float64.
+"""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from balora_jax.gauge import (
+    Change,
+    column_norms,
+    exact_change,
+    iterative_change,
+    matching,
+    matmul,
+    polar,
+    rotation,
+    turned,
+)
+
+# Float32 Gram matrices are trusted if the change found from them enlarges their rounding errors by less than this, and
+# if the factors with their columns scaled to norm 1 have a condition number below this.
+_TRUSTED_GROWTH = 4.0
+_TRUSTED_CONDITION = 200.0
+# Gram matrices of columns within these norms neither overflow in float32 nor lose digits to underflow.
+_SAFE_NORMS = (1e-13, 1e13)
+# Above this growth, applying the change in float32 would cost the product more than 2e-6 of its size.
+_MOST_GROWTH = 1e3
+
+
+def _each_product(lefts, rights):
+    """Matrix products of stacks `(n, ...)`, a single matrix as such: XLA's CPU backend runs it several times faster."""
+    return [
+        matmul(left[0], right[0])[None] if left.shape[0] == 1 else matmul(left, right)
+        for left, right in zip(lefts, rights, strict=True)
+    ]
+
+
+def split(stacked, stacks):
+    """An array over all pairs `(N, ...)`, cut into the parts of the stacks."""
+    parts, start = [], 0
+    for stack in stacks:
+        parts.append(stacked[start : start + stack.shape[0]])
+        start += stack.shape[0]
+    return parts
+
+
+def in_place(condition, body, value):
+    """`body(value)` where the condition holds, else `value`: unlike `lax.cond`, a loop need not copy what it keeps."""
+    return lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros((), bool), body(c[1])), (condition, value))[1]
+
+
+@cache
+def balance_stacks(gauge: str, route: str):
+    """The compiled projection of stacks of pairs of one rank and one dtype; a stack with `r > min(a, b)` comes alone.
+
+    It takes lists of `(n_i, a_i, r)` and of `(n_i, r, b_i)` and returns the same after the projection; besides, over
+    all N pairs, the change of gauge and its inverse `(N, r, r)`, and whether a pair was left for lack of rank, or for a
+    NaN or infinity. Left pairs have the identity for a change; products with it spread a NaN in its factor.
+
+    A `vmap` outside would make both branches of every condition run, and batch calls of LAPACK; so it is turned into
+    longer stacks instead. The r x r work is done in float64 whatever the user's setting, except on TPUs, which lack it.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def run(lefts, rights):
+        wide = jnp.float32 if jax.default_backend() == "tpu" else jnp.float64
+        with jax.enable_x64(wide == jnp.float64):
+            if lefts[0].shape[2] > min(lefts[0].shape[1], rights[0].shape[2]):
+                return _balanced_redundant(lefts[0], rights[0], gauge, wide)
+            return _balanced(lefts, rights, gauge, route, wide)
+
+    @run.def_vmap
+    def _(axis_size, in_batched, lefts, rights):
+        def flat(x, batched):
+            x = x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        def unflat(x):
+            return x.reshape(axis_size, -1, *x.shape[1:])
+
+        lefts, rights = jax.tree.map(flat, (lefts, rights), tuple(in_batched))
+        new_lefts, new_rights, *over_pairs = run(lefts, rights)
+        parts = [[unflat(part) for part in split(x, lefts)] for x in over_pairs]
+        out = (*jax.tree.map(unflat, (new_lefts, new_rights)), *(jnp.concatenate(p, axis=1) for p in parts))
+        return out, jax.tree.map(lambda _: True, out)
+
+    return jax.jit(run)
+
+
+def _balanced(lefts, rights, gauge, route, wide):
+    """Balances stacks of pairs of one rank, with r x r work in the dtype `wide`; see `balance_stacks`."""
+    dtype = lefts[0].dtype
+    gram_a = jnp.concatenate(_each_product([a.mT for a in lefts], lefts)).astype(wide)
+    gram_b = jnp.concatenate(_each_product(rights, [b.mT for b in rights])).astype(wide)
+    change, trusted = _trusted_change(gram_a, gram_b, gauge, route, dtype)
+    change, deficient, nonfinite = in_place(
+        (~trusted).any(),
+        lambda outcome: _careful_change(lefts, rights, trusted, outcome[0], gauge),
+        (change, jnp.zeros(trusted.shape, bool), jnp.zeros(trusted.shape, bool)),
+    )
+    forward, inverse = change.forward.astype(dtype), change.inverse.astype(dtype)
+    new_lefts = _each_product(lefts, split(forward, lefts))
+    new_rights = _each_product(split(inverse, rights), rights)
+    return new_lefts, new_rights, forward, inverse, deficient, nonfinite
+
+
+def _trusted_change(gram_a, gram_b, gauge, route, dtype):
+    """The change of gauge from Gram matrices of the precision `dtype`, and for which pairs these were good enough."""
+
+    def judged(change, gram_a, gram_b):
+        growth, condition = _errors(change, gram_a, gram_b)
+        trusted = change.found & (growth < _TRUSTED_GROWTH) & (condition < _TRUSTED_CONDITION)
+        return trusted & _safe(gram_a) & _safe(gram_b)
+
+    def exact(gram_a, gram_b):
+        change = exact_change(gram_a, gram_b)
+        trusted = judged(change, gram_a, gram_b)
+        return turned(change, rotation(change, gram_a, gram_b, gauge)), trusted
+
+    def iterative(gram_a, gram_b):
+        change = iterative_change(gram_a.astype(dtype), gram_b.astype(dtype))
+        change = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(gram_a.dtype), change)
+
+        def one_exactly(carry):
+            todo, *outcome = carry
+            i = jnp.where(todo, jnp.arange(todo.shape[0]), todo.shape[0]).min()  # the first one left
+            one = exact(*(lax.dynamic_slice_in_dim(gram, i, 1) for gram in (gram_a, gram_b)))
+            outcome = jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, i, 0), tuple(outcome), one)
+            return todo.at[i].set(False), *outcome
+
+        trusted = judged(change, gram_a, gram_b)
+        return lax.while_loop(lambda carry: carry[0].any(), one_exactly, (~trusted, change, trusted))[1:]
+
+    if route == "exact" or gauge != "svd":
+        return exact(gram_a, gram_b)
+    if route == "iterative":
+        return iterative(gram_a, gram_b)
+    return lax.platform_dependent(gram_a, gram_b, cpu=exact, default=iterative)
+
+
+def _careful_change(lefts, rights, trusted, change, gauge):
+    """The change of gauge from Gram matrices of wider precision, where those of working precision were not trusted.
+
+    Their squares neither overflow nor underflow the wider range, and condition numbers may be the square root of its
+    precision.
+
+    Returns:
+        The change, the identity where a pair is left; which pairs lack rank, and which hold a NaN or infinity.
+    """
+    dtype, wide = lefts[0].dtype, change.forward.dtype
+    rank = lefts[0].shape[-1]
+
+    def grams(left, right):
+        left, right = left.astype(wide), right.astype(wide)
+        return matmul(left.mT, left), matmul(right, right.mT)
+
+    def nothing(left, _):
+        identity = jnp.broadcast_to(jnp.eye(rank, dtype=wide)[None], (left.shape[0], rank, rank))
+        return identity, identity
+
+    parts = [
+        lax.cond(part.all(), nothing, grams, left, right)
+        for part, left, right in zip(split(trusted, lefts), lefts, rights, strict=True)
+    ]
+    gram_a, gram_b = (jnp.concatenate(part) for part in zip(*parts, strict=True))
+    norms = column_norms(gram_a), column_norms(gram_b)
+    nonfinite = ~trusted & ~(jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])).all(1)
+    careful = exact_change(gram_a, gram_b)
+    growth, condition = _errors(careful, gram_a, gram_b)
+    full_rank = condition < 1 / (4 * float(jnp.finfo(dtype).eps))
+    found = careful.found & full_rank & (growth < _MOST_GROWTH)
+    careful = turned(careful, rotation(careful, gram_a, gram_b, gauge))
+    identity = Change(*2 * (jnp.eye(rank, dtype=wide)[None],), jnp.ones((1, rank), wide), jnp.zeros((1,), bool))
+
+    def chosen(old, new, left):
+        keep, taken = (x.reshape(-1, *(old.ndim - 1) * (1,)) for x in (trusted, found))
+        return jnp.where(keep, old, jnp.where(taken, new, left))
+
+    return jax.tree.map(chosen, change, careful, identity), ~(trusted | found | nonfinite), nonfinite
+
+
+def _errors(change, gram_a, gram_b):
+    """What a change to hyper-balanced pairs does to rounding errors, two numbers `(N)`.
+
+    Returns:
+        How much errors of P and Q relative to the norms of the columns are enlarged in the balanced Gram matrices,
+        about 1 at best; and the larger Frobenius norm of the pseudo-inverses of A with unit columns and of B with unit
+        rows, at least sqrt(r).
+    """
+    norm_a, norm_b = column_norms(gram_a), column_norms(gram_b)
+    share_a, share_b = (norm_a[:, :, None] * change.forward) ** 2, (change.inverse * norm_b[:, None, :]) ** 2
+    growth = (share_a.sum((1, 2)) + share_b.sum((1, 2))) / (2 * change.values.sum(1))
+    inverse_a = (share_a / change.values[:, None, :]).sum((1, 2))
+    inverse_b = (share_b / change.values[:, :, None]).sum((1, 2))
+    return growth, jnp.sqrt(jnp.maximum(inverse_a, inverse_b))
+
+
+def _safe(gram):
+    """Whether all columns have norms within `_SAFE_NORMS`."""
+    norms, (least, most) = column_norms(gram), _SAFE_NORMS
+    return ((norms > least) & (norms < most)).all(1)
+
+
+def _balanced_redundant(left, right, gauge, wide):
+    """Balances one stack of pairs with `r > m = min(a, b)`; as `_balanced`.
+
+    With the orthonormal basis `Y (r, m)` of the rows of A, or of the columns of B, whichever factor has m of them, the
+    pair `(A Y, Y^T B)` has the same product and the rank m.
+    """
+    thin = left.mT if left.shape[1] <= right.shape[2] else right
+    thin = jnp.where(jnp.isfinite(thin).all((1, 2), keepdims=True), thin, 0).astype(wide)
+    basis = lax.map(lambda matrix: jnp.linalg.qr(matrix)[0], thin)
+    small_a, small_b = matmul(left, basis.astype(left.dtype)), matmul(basis.mT.astype(right.dtype), right)
+    inner = _balanced([small_a], [small_b], "raw_svd", "exact", wide)
+    (small_a,), (small_b,), change, inverse, deficient, nonfinite = inner
+    change, inverse = matmul(basis, change.astype(wide)), matmul(inverse.astype(wide), basis.mT)
+    rank, least = left.shape[-1], small_a.shape[-1]
+    if gauge == "raw_svd":
+        turn = jnp.broadcast_to(jnp.eye(least, rank, dtype=wide), inverse.shape)
+    elif gauge == "symmetric":
+        turn = polar(change.mT)
+    else:
+        overlap_a = matmul(small_a.mT.astype(wide), left.astype(wide))
+        overlap_b = matmul(small_b.astype(wide), right.mT.astype(wide))
+        if gauge == "nearest":
+            turn = polar(overlap_a + overlap_b)
+        else:
+            values = jnp.square(small_a.astype(wide)).sum(1)
+            norms = jnp.linalg.norm(left.astype(wide), axis=1), jnp.linalg.norm(right.astype(wide), axis=2)
+            turn = matching(overlap_a, overlap_b, values, *norms)
+    new_a = matmul(small_a, turn.astype(left.dtype))
+    new_b = matmul(turn.mT.astype(right.dtype), small_b)
+    kept = (deficient | nonfinite)[:, None, None]
+    identity = jnp.eye(rank, dtype=left.dtype)[None]
+    return (
+        [jnp.where(kept, left, new_a)],
+        [jnp.where(kept, right, new_b)],
+        jnp.where(kept, identity, matmul(change, turn).astype(left.dtype)),
+        jnp.where(kept, identity, matmul(turn.mT, inverse).astype(left.dtype)),
+        deficient,
+        nonfinite,
+    )
