@@ -169,7 +169,7 @@ def changed_pairs(pairs: Sequence[tuple[jax.Array, jax.Array]], *, gauge: str, r
     for (_, wide, _), members in groups.items():
         lefts = [pairs[i][0].reshape(-1, *pairs[i][0].shape[-2:]).astype(wide) for i in members]
         rights = [pairs[i][1].reshape(-1, *pairs[i][1].shape[-2:]).astype(wide) for i in members]
-        new_lefts, new_rights, *over_pairs = balance_stacks(gauge, route)(lefts, rights)
+        new_lefts, new_rights, *over_pairs = balance_stacks(lefts, rights, gauge, route)
         for i, *new in zip(members, new_lefts, new_rights, *(split(x, lefts) for x in over_pairs), strict=True):
             results[i] = _rounded(*pairs[i], Balanced(*new))
     return results  # type: ignore[return-value]

@@ -10,6 +10,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec, auto_axes
 
 from balora_jax.gauge import (
     Change,
@@ -55,13 +56,32 @@ def in_place(condition, body, value):
     return lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros((), bool), body(c[1])), (condition, value))[1]
 
 
-@cache
-def balance_stacks(gauge: str, route: str):
-    """The compiled projection of stacks of pairs of one rank and one dtype; a stack with `r > min(a, b)` comes alone.
+def balance_stacks(lefts, rights, gauge: str, route: str):
+    """The projection of stacks of pairs of one rank and one dtype; a stack with `r > min(a, b)` comes alone.
 
-    It takes lists of `(n_i, a_i, r)` and of `(n_i, r, b_i)` and returns the same after the projection; besides, over
-    all N pairs, the change of gauge and its inverse `(N, r, r)`, and whether a pair was left for lack of rank, or for a
-    NaN or infinity. Left pairs have the identity for a change; products with it spread a NaN in its factor.
+    Args:
+        lefts: list of `(n_i, a_i, r)`, the left factors.
+        rights: list of `(n_i, r, b_i)`.
+        gauge: one of `GAUGES`.
+        route: one of `ROUTES`.
+
+    Returns:
+        The factors after the projection, in two lists; then, over all N pairs, the change of gauge and its inverse
+        `(N, r, r)`, and whether a pair was left for lack of rank, or for a NaN or infinity. Left pairs have the
+        identity for a change; products with it spread a NaN in its factor.
+    """
+    project = _projection(gauge, route)
+    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (lefts, rights))
+    explicit = [s.mesh for s in jax.tree.leaves(shardings) if s.mesh.explicit_axes]
+    if explicit:  # the compiler places the reductions; the factors stay where they are
+        replicated = NamedSharding(explicit[0], PartitionSpec())
+        project = auto_axes(project, axes=explicit[0].explicit_axes, out_sharding=(*shardings, *4 * (replicated,)))
+    return project(lefts, rights)
+
+
+@cache
+def _projection(gauge: str, route: str):
+    """The compiled function behind `balance_stacks`.
 
     A `vmap` outside would make both branches of every condition run, and batch calls of LAPACK; so it is turned into
     longer stacks instead. The r x r work is done in float64 whatever the user's setting, except on TPUs, which lack it.
