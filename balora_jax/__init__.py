@@ -7,18 +7,20 @@ training of the experiments live in the subpackages `adapters`, `models`, `data`
 from balora_jax.balance import Balanced, balance, balance_pair, balance_pairs, balancing_gap
 from balora_jax.gauge import GAUGES, ROUTES
 from balora_jax.pairs import Pair, find_pairs
-from balora_jax.transform import BaloraProjectState, balora_project
+from balora_jax.transform import BaloraProjectState, BaloraState, balora, balora_project
 
 __all__ = [
     "GAUGES",
     "ROUTES",
     "Balanced",
     "BaloraProjectState",
+    "BaloraState",
     "Pair",
     "balance",
     "balance_pair",
     "balance_pairs",
     "balancing_gap",
+    "balora",
     "balora_project",
     "find_pairs",
 ]

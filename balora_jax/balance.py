@@ -171,7 +171,7 @@ def changed_pairs(pairs: Sequence[tuple[jax.Array, jax.Array]], *, gauge: str, r
         rights = [pairs[i][1].reshape(-1, *pairs[i][1].shape[-2:]).astype(wide) for i in members]
         new_lefts, new_rights, *over_pairs = balance_stacks(lefts, rights, gauge, route)
         for i, *new in zip(members, new_lefts, new_rights, *(split(x, lefts) for x in over_pairs), strict=True):
-            results[i] = _rounded(*pairs[i], Balanced(*new))
+            results[i] = _rounded(pairs[i], Balanced(*new))
     return results  # type: ignore[return-value]
 
 
@@ -233,8 +233,9 @@ def _checked(lora_a, lora_b) -> tuple[jax.Array, jax.Array]:
     return factors["lora_a"], factors["lora_b"]
 
 
-def _rounded(lora_a, lora_b, balanced):
+def _rounded(pair, balanced):
     """The outcome for flattened pairs in the shapes and dtypes of the incoming ones."""
+    lora_a, lora_b = pair
     leading = lora_a.shape[:-2]
     new_a, new_b = balanced.lora_a.astype(lora_a.dtype), balanced.lora_b.astype(lora_b.dtype)
     untouched = balanced.untouched

@@ -3,6 +3,7 @@
 Adding a method is adding a row (and a file for its layer or its optimizer, if it has one of its own).
 """
 
+import dataclasses
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +12,26 @@ from types import MappingProxyType
 import optax
 
 from balora_jax.adapters.lora import LoRALinear, Scaling
+from balora_jax.gauge import Gauge
 from balora_jax.optimizers import OptimizerSettings, adamw
-from balora_jax.transform import balora_project
+from balora_jax.transform import balora
+
+
+@dataclass(frozen=True)
+class BalanceSettings:
+    """How the methods that balance their adapters do it; see `balora_jax.balora`.
+
+    Attributes:
+        gauge: which balanced pair.
+        transport: whether the optimizer's moments are carried along.
+        every: steps between projections.
+        start_step: number of first steps without.
+    """
+
+    gauge: Gauge = "svd"
+    transport: bool = True
+    every: int = 1
+    start_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -24,23 +43,34 @@ class Method:
         optimizer: from the settings and the number of steps to the optax transformation.
         layer: the adapter layer that wraps a linear layer.
         scaling: how the scale follows from `alpha` and the rank.
+        balanced: whether the adapters are balanced after the optimizer's steps.
     """
 
     summary: str
     optimizer: Callable[[OptimizerSettings, int], optax.GradientTransformation] = adamw
     layer: type[LoRALinear] = LoRALinear
     scaling: Scaling = "lora"
+    balanced: bool = False
 
+    def transformation(
+        self, settings: OptimizerSettings, balance: BalanceSettings, steps: int
+    ) -> optax.GradientTransformation:
+        """Returns the optax transformation of a run.
 
-def _balora(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
-    return optax.chain(adamw(settings, steps), balora_project())
+        Args:
+            settings: of the optimizer; the numbers may be traced arrays.
+            balance: used by balanced methods.
+            steps: number of updates of the whole run.
+        """
+        optimizer = self.optimizer(settings, steps)
+        return balora(optimizer, **dataclasses.asdict(balance)) if self.balanced else optimizer
 
 
 METHODS = MappingProxyType(
     {
         "lora": Method("low-rank update of frozen weights (arXiv 2106.09685)"),
         "rslora": Method("LoRA with scale alpha / sqrt(rank) (arXiv 2312.03732)", scaling="rslora"),
-        "balora": Method("LoRA balanced after every step (arXiv 2605.31484)", optimizer=_balora),
+        "balora": Method("LoRA balanced after every step (arXiv 2605.31484)", balanced=True),
     }
 )
 

@@ -38,19 +38,19 @@ class Pair:
     transposed: bool = False
     batch_axes: int | None = None
 
-    def canonical(self, leaf_a: jax.Array, leaf_b: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the leaves as `lora_a (n, a, r)` and `lora_b (n, r, b)`."""
-        n = self.batch_axes or 0
-        if self.transposed:
-            leaf_a, leaf_b = leaf_a.mT, leaf_b.mT
-        count, rank = prod(leaf_a.shape[:n]), leaf_a.shape[-1]
-        return leaf_a.reshape(count, -1, rank), leaf_b.reshape(count, rank, -1)
+    def canonical_a(self, leaf: jax.Array) -> jax.Array:
+        """Returns the left leaf as `(n, a, r)`."""
+        leaf = leaf.mT if self.transposed else leaf
+        return leaf.reshape(prod(leaf.shape[: self.batch_axes or 0]), -1, leaf.shape[-1])
 
-    def restored(self, lora_a, lora_b, leaf_a, leaf_b) -> tuple[jax.Array, jax.Array]:
-        """Returns canonical factors in the layout of the leaves: the inverse of `canonical`."""
-        if self.transposed:
-            return lora_a.mT.reshape(leaf_a.shape), lora_b.mT.reshape(leaf_b.shape)
-        return lora_a.reshape(leaf_a.shape), lora_b.reshape(leaf_b.shape)
+    def canonical_b(self, leaf: jax.Array) -> jax.Array:
+        """Returns the right leaf as `(n, r, b)`."""
+        leaf, n = leaf.mT if self.transposed else leaf, self.batch_axes or 0
+        return leaf.reshape(prod(leaf.shape[:n]), leaf.shape[n], -1)
+
+    def restored(self, factor: jax.Array, leaf: jax.Array) -> jax.Array:
+        """Returns a canonical factor in the layout of its leaf."""
+        return (factor.mT if self.transposed else factor).reshape(leaf.shape)
 
 
 PairSpec = Pair | tuple[str, str]
@@ -78,7 +78,7 @@ def find_pairs(params: Any, pairs: Pairs | None = None) -> tuple[Pair, ...]:
     >>> [p.path_a for p in find_pairs({"mlp": {"lora_a": jnp.ones((8, 2)), "lora_b": jnp.ones((2, 4))}})]
     ['mlp/lora_a']
     """
-    leaves = _leaves_by_path(params)
+    leaves = leaves_by_path(params)
     if pairs is None:
         found = _search(leaves)
         if not found:
@@ -110,8 +110,8 @@ def read_pairs(tree: Any, pairs: Sequence[Pair]) -> list[tuple[jax.Array, jax.Ar
         tree: a tree of the structure in which the pairs were found (parameters, updates, moments).
         pairs: from `find_pairs`.
     """
-    leaves = _leaves_by_path(tree)
-    return [pair.canonical(leaves[pair.path_a], leaves[pair.path_b]) for pair in pairs]
+    leaves = leaves_by_path(tree)
+    return [(pair.canonical_a(leaves[pair.path_a]), pair.canonical_b(leaves[pair.path_b])) for pair in pairs]
 
 
 def write_pairs(tree: Any, pairs: Sequence[Pair], factors: Sequence[tuple[jax.Array, jax.Array]]) -> Any:
@@ -122,13 +122,34 @@ def write_pairs(tree: Any, pairs: Sequence[Pair], factors: Sequence[tuple[jax.Ar
         pairs: from `find_pairs`.
         factors: one `(lora_a, lora_b)` per pair.
     """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    position = {_name(path): i for i, (path, _) in enumerate(flat)}
-    leaves = [leaf for _, leaf in flat]
+    leaves, new = leaves_by_path(tree), {}
     for pair, (lora_a, lora_b) in zip(pairs, factors, strict=True):
-        at_a, at_b = position[pair.path_a], position[pair.path_b]
-        leaves[at_a], leaves[at_b] = pair.restored(lora_a, lora_b, leaves[at_a], leaves[at_b])
-    return jax.tree.unflatten(treedef, leaves)
+        new[pair.path_a] = pair.restored(lora_a, leaves[pair.path_a])
+        new[pair.path_b] = pair.restored(lora_b, leaves[pair.path_b])
+    return with_leaves(tree, new)
+
+
+def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """Returns the leaves of a tree by their paths, optax's masked nodes among them.
+
+    Args:
+        tree: any pytree.
+        is_leaf: what else to take for a leaf.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: _is_masked(node) or (is_leaf is not None and is_leaf(node))
+    )
+    return {_name(path): leaf for path, leaf in flat}
+
+
+def with_leaves(tree: Any, new: dict[str, Any]) -> Any:
+    """Returns the tree with other leaves at some paths.
+
+    Args:
+        tree: any pytree.
+        new: the leaves to put there, by their paths.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(_name(path), leaf), tree, is_leaf=_is_masked)
 
 
 def _name(path) -> str:
@@ -141,12 +162,6 @@ def _name(path) -> str:
 
 def _is_masked(node) -> bool:
     return isinstance(node, optax.MaskedNode)
-
-
-def _leaves_by_path(params) -> dict[str, Any]:
-    """The leaves of a tree by their paths, optax's masked nodes among them."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_masked)
-    return {_name(path): leaf for path, leaf in flat}
 
 
 def _factor(path: str) -> tuple[str, str, str] | None:

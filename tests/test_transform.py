@@ -335,7 +335,7 @@ def test_params_without_pairs_raise_at_init(params, pairs, message):
 
 def test_update_without_params_raises():
     tx = optax.chain(optax.adam(1e-2), balora_project())
-    with pytest.raises(ValueError, match="params"):
+    with pytest.raises(ValueError, match="parameters"):
         tx.update(PARAMS, tx.init(PARAMS))
 
 

@@ -1,5 +1,6 @@
 """Training: configs, the step of a population, evaluation, checkpoints, and whole runs."""
 
+from balora_jax.methods import BalanceSettings
 from balora_jax.training.config import (
     AdapterSettings,
     Config,
@@ -13,6 +14,7 @@ from balora_jax.training.run import run
 
 __all__ = [
     "AdapterSettings",
+    "BalanceSettings",
     "Config",
     "ConfigError",
     "ModelSettings",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from balora_jax.data.recipes import DataSettings
-from balora_jax.methods import get_method
+from balora_jax.methods import BalanceSettings, get_method
 from balora_jax.optimizers import OptimizerSettings
 
 NUMERIC_FIELDS = (
@@ -108,6 +108,7 @@ class Config:
         model: the frozen base.
         adapter: the adapters.
         optimizer: the optimizer.
+        balance: how balanced methods balance.
         data: the data.
         training: the loop.
     """
@@ -118,6 +119,7 @@ class Config:
     model: ModelSettings = field(default_factory=ModelSettings)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    balance: BalanceSettings = field(default_factory=BalanceSettings)
     data: DataSettings = field(default_factory=DataSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
@@ -235,7 +237,7 @@ def check(config: Config) -> None:
     _check_types(config, "")
     for name in ("training.steps", "training.batch_size", "training.accumulate", "training.eval_every",
                  "training.eval_batch_size", "training.checkpoint_every", "training.keep_checkpoints",
-                 "training.log_every", "adapter.rank", "data.train_examples", "data.eval_examples",
+                 "training.log_every", "adapter.rank", "balance.every", "data.train_examples", "data.eval_examples",
                  "data.length"):  # fmt: skip
         if get_field(config, name) < 1:
             raise ConfigError(f"{name} must be at least 1, got {get_field(config, name)}")
@@ -244,6 +246,7 @@ def check(config: Config) -> None:
         "optimizer.weight_decay",
         "optimizer.eps",
         "optimizer.warmup_steps",
+        "balance.start_step",
     ):
         if not get_field(config, name) >= 0:
             raise ConfigError(f"{name} must be at least 0, got {get_field(config, name)}")

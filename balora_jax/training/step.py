@@ -140,7 +140,7 @@ class Program:
         config = self.config
         for name, number in numbers.items():
             config = with_field(config, name, number)
-        return self._method.optimizer(config.optimizer, config.training.steps)
+        return self._method.transformation(config.optimizer, config.balance, config.training.steps)
 
     def _init_member(self, bare, numbers) -> TrainState:
         seed = numbers["seed"]

@@ -139,7 +139,11 @@ COMMAND_LINES = {
 @pytest.mark.parametrize("case", COMMAND_LINES)
 def test_wrong_command_lines_give_one_line_and_exit_code_2(case, config, tmp_path, capsys):
     arguments, message = COMMAND_LINES[case]
-    imports = "from balora_jax.data.recipes import DataSettings\nfrom balora_jax.optimizers import OptimizerSettings\n"
+    imports = (
+        "from balora_jax.data.recipes import DataSettings\n"
+        "from balora_jax.optimizers import OptimizerSettings\n"
+        "from balora_jax.training import BalanceSettings\n"
+    )
     file = write(tmp_path, f"{HEAD}{imports}config = {config!r}\n")
     arguments = [a.format(file=file, folder=tmp_path) for a in arguments]
     if "--output" not in arguments and arguments[-1] != "run" and len(arguments) > 2:

@@ -1,0 +1,94 @@
+"""Carrying an optimizer's state through a change of gauge.
+
+When a pair `(A, B)` becomes `(A T, T^-1 B)`, its gradients become `(g_A T^-T, T^T g_B)`. What is linear in past
+gradients follows exactly: `m_A <- m_A T^-T`, `m_B <- T^T m_B`. Entrywise second moments have no image that is entrywise
+again; their part that ignores correlations between columns follows the squared entries:
+`v_A <- v_A (T^-T)^{o2}`, `v_B <- (T^T)^{o2} v_B`. For signed permutations this is exact too.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+
+from balora_jax.gauge import matmul
+from balora_jax.pairs import Pair, leaves_by_path, with_leaves
+
+# Which fields of optax's states are moments of past gradients, and of which order.
+_MOMENTS: dict[type, dict[str, int]] = {
+    optax.ScaleByAdamState: {"mu": 1, "nu": 2},
+    optax.ScaleByAmsgradState: {"mu": 1, "nu": 2, "nu_max": 2},
+    optax.ScaleByBeliefState: {"mu": 1, "nu": 2},
+    optax.ScaleByLionState: {"mu": 1},
+    optax.TraceState: {"trace": 1},
+    optax.ScaleByRmsState: {"nu": 2},
+    optax.ScaleByRStdDevState: {"mu": 1, "nu": 2},
+    optax.ScaleByRssState: {"sum_of_squares": 2},
+    optax.MultiStepsState: {"acc_grads": 1},
+    type(optax.scale_by_rms(bias_correction=True).init({})): {"nu": 2},
+    type(optax.scale_by_stddev(bias_correction=True).init({})): {"mu": 1, "nu": 2},
+}
+
+
+def check_movable(state: Any, pairs: Sequence[Pair]) -> None:
+    """Raises if an optimizer state holds something for a factor that no rule tells how to move.
+
+    Args:
+        state: of an optax transformation.
+        pairs: from `find_pairs` of its parameters.
+
+    Raises:
+        ValueError: it does; the message names the place in the state.
+    """
+    factors = {path for pair in pairs for path in (pair.path_a, pair.path_b)}
+    for path in leaves_by_path(state, is_leaf=_holds_moments):
+        parts = path.split("/")
+        if not factors.isdisjoint("/".join(parts[i:]) for i in range(len(parts))):
+            known = ", ".join(sorted(kind.__name__ for kind in _MOMENTS))
+            raise ValueError(
+                f"the inner optimizer keeps {path} in its state, and there is no rule to carry it through a change of "
+                f"gauge (there is one for {known}); use balora(..., transport=False), or chain the optimizer with "
+                f"balora_project(), to leave the state as it is"
+            )
+    for node in jax.tree.leaves(state, is_leaf=_holds_moments):
+        if isinstance(node, optax.MultiStepsState):
+            check_movable(node.inner_opt_state, pairs)
+
+
+def move_state(state: Any, pairs: Sequence[Pair], changes: Sequence[tuple[jax.Array, jax.Array]]) -> Any:
+    """Returns an optimizer state with the moments of all pairs carried through their changes of gauge.
+
+    Args:
+        state: an optax state that `check_movable` accepts.
+        pairs: from `find_pairs` of the parameters.
+        changes: T and T^-1 `(n, r, r)` of each pair.
+    """
+
+    def moved(node):
+        if not _holds_moments(node):
+            return node
+        if isinstance(node, optax.MultiStepsState):
+            node = node._replace(inner_opt_state=move_state(node.inner_opt_state, pairs, changes))
+        fields = _MOMENTS[type(node)].items()
+        return node._replace(**{name: _moved(getattr(node, name), pairs, changes, order) for name, order in fields})
+
+    return jax.tree.map(moved, state, is_leaf=_holds_moments)
+
+
+def _holds_moments(node) -> bool:
+    return type(node) in _MOMENTS
+
+
+def _moved(moment, pairs, changes, order):
+    """The moment of some order after the changes; leaves that a mask took out stay out."""
+    leaves, new = leaves_by_path(moment), {}
+    for pair, (forward, inverse) in zip(pairs, changes, strict=True):
+        leaf_a, leaf_b = leaves.get(pair.path_a, optax.MaskedNode()), leaves.get(pair.path_b, optax.MaskedNode())
+        if not isinstance(leaf_a, optax.MaskedNode):
+            left = matmul(pair.canonical_a(leaf_a).astype(inverse.dtype), inverse.mT**order)
+            new[pair.path_a] = pair.restored(left.astype(leaf_a.dtype), leaf_a)
+        if not isinstance(leaf_b, optax.MaskedNode):
+            right = matmul(forward.mT**order, pair.canonical_b(leaf_b).astype(forward.dtype))
+            new[pair.path_b] = pair.restored(right.astype(leaf_b.dtype), leaf_b)
+    return with_leaves(moment, new)
