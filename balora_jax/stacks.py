@@ -34,12 +34,19 @@ _SAFE_NORMS = (1e-13, 1e13)
 _MOST_GROWTH = 1e3
 
 
-def _each_product(lefts, rights):
-    """Matrix products of stacks `(n, ...)`, a single matrix as such: XLA's CPU backend runs it several times faster."""
-    return [
-        matmul(left[0], right[0])[None] if left.shape[0] == 1 else matmul(left, right)
-        for left, right in zip(lefts, rights, strict=True)
-    ]
+def _product(left, right):
+    """A stacked matrix product; one matrix is multiplied as such, which XLA's CPU backend does several times faster."""
+    if left.shape[0] > 1:
+        return matmul(left, right)
+    return matmul(lax.squeeze(left, [0]), lax.squeeze(right, [0]))[None]
+
+
+def _gram(factor, side):
+    """The stacked Gram matrices of left factors (side 0) or of right ones (side 1)."""
+    if factor.shape[0] == 1:
+        matrix = lax.squeeze(factor, [0])
+        return (matmul(matrix, matrix.T) if side else matmul(matrix.T, matrix))[None]
+    return matmul(factor, factor.mT) if side else matmul(factor.mT, factor)
 
 
 def split(stacked, stacks):
@@ -116,8 +123,8 @@ def _projection(gauge: str, route: str):
 def _balanced(lefts, rights, gauge, route, wide):
     """Balances stacks of pairs of one rank, with r x r work in the dtype `wide`; see `balance_stacks`."""
     dtype = lefts[0].dtype
-    gram_a = jnp.concatenate(_each_product([a.mT for a in lefts], lefts)).astype(wide)
-    gram_b = jnp.concatenate(_each_product(rights, [b.mT for b in rights])).astype(wide)
+    gram_a = jnp.concatenate([_gram(a, 0) for a in lefts]).astype(wide)
+    gram_b = jnp.concatenate([_gram(b, 1) for b in rights]).astype(wide)
     change, trusted = _trusted_change(gram_a, gram_b, gauge, route, dtype)
     change, deficient, nonfinite = in_place(
         (~trusted).any(),
@@ -125,8 +132,8 @@ def _balanced(lefts, rights, gauge, route, wide):
         (change, jnp.zeros(trusted.shape, bool), jnp.zeros(trusted.shape, bool)),
     )
     forward, inverse = change.forward.astype(dtype), change.inverse.astype(dtype)
-    new_lefts = _each_product(lefts, split(forward, lefts))
-    new_rights = _each_product(split(inverse, rights), rights)
+    new_lefts = [_product(a, change) for a, change in zip(lefts, split(forward, lefts), strict=True)]
+    new_rights = [_product(change, b) for b, change in zip(rights, split(inverse, rights), strict=True)]
     return new_lefts, new_rights, forward, inverse, deficient, nonfinite
 
 
@@ -177,8 +184,7 @@ def _careful_change(lefts, rights, trusted, change, gauge):
     rank = lefts[0].shape[-1]
 
     def grams(left, right):
-        left, right = left.astype(wide), right.astype(wide)
-        return matmul(left.mT, left), matmul(right, right.mT)
+        return _gram(left.astype(wide), 0), _gram(right.astype(wide), 1)
 
     def nothing(left, _):
         identity = jnp.broadcast_to(jnp.eye(rank, dtype=wide)[None], (left.shape[0], rank, rank))
