@@ -165,6 +165,21 @@ def iterative_change(gram_a: jax.Array, gram_b: jax.Array) -> Change:
     return Change(forward, inverse, values, balanced & (error <= 4 * rounding) & _positive(values))
 
 
+def identity_change(gram: jax.Array) -> Change:
+    """The change that leaves pairs as they are, for stacked Gram matrices of this shape."""
+    identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype)[None], gram.shape)
+    return Change(identity, identity, jnp.ones(gram.shape[:2], gram.dtype), jnp.zeros(gram.shape[:1], bool))
+
+
+def chosen(condition: jax.Array, change: Change, other: Change) -> Change:
+    """One change where a condition `(n)` holds, another elsewhere."""
+
+    def choose(x, y):
+        return jnp.where(condition.reshape(-1, *(x.ndim - 1) * (1,)), x, y)
+
+    return jax.tree.map(choose, change, other)
+
+
 def turned(change: Change, turn: jax.Array) -> Change:
     """The change followed by a rotation `(n, r, r)` of the balanced pairs."""
     return change._replace(forward=matmul(change.forward, turn), inverse=matmul(turn.mT, change.inverse))

@@ -10,12 +10,12 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec, auto_axes
 
 from balora_jax.gauge import (
-    Change,
+    chosen,
     column_norms,
     exact_change,
+    identity_change,
     iterative_change,
     matching,
     matmul,
@@ -23,6 +23,7 @@ from balora_jax.gauge import (
     rotation,
     turned,
 )
+from balora_jax.sharding import sharded_like
 
 # Float32 Gram matrices are trusted if the change found from them enlarges their rounding errors by less than this, and
 # if the factors with their columns scaled to norm 1 have a condition number below this.
@@ -77,13 +78,7 @@ def balance_stacks(lefts, rights, gauge: str, route: str):
         `(N, r, r)`, and whether a pair was left for lack of rank, or for a NaN or infinity. Left pairs have the
         identity for a change; products with it spread a NaN in its factor.
     """
-    project = _projection(gauge, route)
-    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (lefts, rights))
-    explicit = [s.mesh for s in jax.tree.leaves(shardings) if s.mesh.explicit_axes]
-    if explicit:  # the compiler places the reductions; the factors stay where they are
-        replicated = NamedSharding(explicit[0], PartitionSpec())
-        project = auto_axes(project, axes=explicit[0].explicit_axes, out_sharding=(*shardings, *4 * (replicated,)))
-    return project(lefts, rights)
+    return sharded_like((lefts, rights), _projection(gauge, route), lefts, rights, replicated=4)
 
 
 @cache
@@ -126,6 +121,8 @@ def _balanced(lefts, rights, gauge, route, wide):
     gram_a = jnp.concatenate([_gram(a, 0) for a in lefts]).astype(wide)
     gram_b = jnp.concatenate([_gram(b, 1) for b in rights]).astype(wide)
     change, trusted = _trusted_change(gram_a, gram_b, gauge, route, dtype)
+    if gauge != "raw_svd":
+        change = chosen(_settled(gram_a, gram_b, gauge, float(jnp.finfo(dtype).eps)), identity_change(gram_a), change)
     change, deficient, nonfinite = in_place(
         (~trusted).any(),
         lambda outcome: _careful_change(lefts, rights, trusted, outcome[0], gauge),
@@ -171,6 +168,20 @@ def _trusted_change(gram_a, gram_b, gauge, route, dtype):
     return lax.platform_dependent(gram_a, gram_b, cpu=exact, default=iterative)
 
 
+def _settled(gram_a, gram_b, gauge, eps):
+    """Whether a pair lies in its gauge already, to rounding: it is left then, so that many projections do not drift."""
+    norm_a, norm_b = column_norms(gram_a), column_norms(gram_b)
+    mean = norm_a * norm_b
+    unit = jnp.sqrt(mean[:, :, None] * mean[:, None, :])
+    gap = gram_a - gram_b
+    size = jnp.linalg.norm(gram_a, axis=(1, 2)) + jnp.linalg.norm(gram_b, axis=(1, 2))
+    settled = (jnp.abs(gap) <= 8 * eps * unit).all((1, 2)) & (jnp.linalg.norm(gap, axis=(1, 2)) <= 2 * eps * size)
+    if gauge != "svd":
+        return settled
+    tilt = jnp.where(jnp.eye(gap.shape[-1], dtype=bool)[None], 0, gram_a + gram_b)
+    return settled & (jnp.abs(tilt) <= 8 * eps * unit).all((1, 2))
+
+
 def _careful_change(lefts, rights, trusted, change, gauge):
     """The change of gauge from Gram matrices of wider precision, where those of working precision were not trusted.
 
@@ -181,12 +192,12 @@ def _careful_change(lefts, rights, trusted, change, gauge):
         The change, the identity where a pair is left; which pairs lack rank, and which hold a NaN or infinity.
     """
     dtype, wide = lefts[0].dtype, change.forward.dtype
-    rank = lefts[0].shape[-1]
 
     def grams(left, right):
         return _gram(left.astype(wide), 0), _gram(right.astype(wide), 1)
 
     def nothing(left, _):
+        rank = left.shape[-1]
         identity = jnp.broadcast_to(jnp.eye(rank, dtype=wide)[None], (left.shape[0], rank, rank))
         return identity, identity
 
@@ -202,13 +213,8 @@ def _careful_change(lefts, rights, trusted, change, gauge):
     full_rank = condition < 1 / (4 * float(jnp.finfo(dtype).eps))
     found = careful.found & full_rank & (growth < _MOST_GROWTH)
     careful = turned(careful, rotation(careful, gram_a, gram_b, gauge))
-    identity = Change(*2 * (jnp.eye(rank, dtype=wide)[None],), jnp.ones((1, rank), wide), jnp.zeros((1,), bool))
-
-    def chosen(old, new, left):
-        keep, taken = (x.reshape(-1, *(old.ndim - 1) * (1,)) for x in (trusted, found))
-        return jnp.where(keep, old, jnp.where(taken, new, left))
-
-    return jax.tree.map(chosen, change, careful, identity), ~(trusted | found | nonfinite), nonfinite
+    careful = chosen(found, careful, identity_change(gram_a))
+    return chosen(trusted, change, careful), ~(trusted | found | nonfinite), nonfinite
 
 
 def _errors(change, gram_a, gram_b):

@@ -14,6 +14,7 @@ import optax
 
 from balora_jax.gauge import matmul
 from balora_jax.pairs import Pair, leaves_by_path, with_leaves
+from balora_jax.sharding import sharded_like
 
 # Which fields of optax's states are moments of past gradients, and of which order.
 _MOMENTS: dict[type, dict[str, int]] = {
@@ -86,9 +87,11 @@ def _moved(moment, pairs, changes, order):
     for pair, (forward, inverse) in zip(pairs, changes, strict=True):
         leaf_a, leaf_b = leaves.get(pair.path_a, optax.MaskedNode()), leaves.get(pair.path_b, optax.MaskedNode())
         if not isinstance(leaf_a, optax.MaskedNode):
-            left = matmul(pair.canonical_a(leaf_a).astype(inverse.dtype), inverse.mT**order)
+            left = pair.canonical_a(leaf_a).astype(inverse.dtype)
+            left = sharded_like(left, matmul, left, inverse.mT**order)
             new[pair.path_a] = pair.restored(left.astype(leaf_a.dtype), leaf_a)
         if not isinstance(leaf_b, optax.MaskedNode):
-            right = matmul(forward.mT**order, pair.canonical_b(leaf_b).astype(forward.dtype))
+            right = pair.canonical_b(leaf_b).astype(forward.dtype)
+            right = sharded_like(right, matmul, forward.mT**order, right)
             new[pair.path_b] = pair.restored(right.astype(leaf_b.dtype), leaf_b)
     return with_leaves(moment, new)

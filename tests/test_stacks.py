@@ -1,0 +1,343 @@
+"""The figures and promises of the projection that rest on how stacks of pairs go through it."""
+
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from oracles import gap, hyper_balanced
+
+from balora_jax import ROUTES, balance, balance_pair, balance_pairs, balora, balora_project, stacks
+
+TREE = {"a": (96, 160), "b": (64, 40)}
+
+
+def product_error(pair, new_pair):
+    (a, b), (x, y) = ([np.asarray(f, float) for f in each] for each in (pair, new_pair))
+    return np.linalg.norm(x @ y - a @ b) / np.linalg.norm(a @ b)
+
+
+def off_diagonal(gram):
+    gram = np.asarray(gram, float)
+    return np.linalg.norm(gram - np.diag(np.diag(gram))) / np.linalg.norm(gram)
+
+
+def gaussian(rows, rank, columns, seed=0):
+    rng = np.random.default_rng(seed)
+    return tuple(np.float32(rng.standard_normal(shape)) for shape in ((rows, rank), (rank, columns)))
+
+
+def of_condition(condition, rows, rank, columns, seed=0):
+    """Factors with singular values from 1 to 1 / condition, each in a basis of its own."""
+    rng = np.random.default_rng(seed)
+    values = np.geomspace(1, 1 / condition, rank)
+
+    def one(n):
+        left, right = (np.linalg.qr(rng.standard_normal((k, rank)))[0] for k in (n, rank))
+        return np.float32(left * values @ right.T)
+
+    return one(rows), one(columns).T
+
+
+def after_a_step(rows, rank, columns, values, size, seed=0):
+    """A hyper-balanced pair after an update whose entries are all of one size, some of it shared by the columns."""
+    a, b = hyper_balanced(rows, columns, values, seed=seed)
+    rng = np.random.default_rng(seed + 1)
+
+    def moved(x):
+        common = np.outer(*(rng.standard_normal(n) for n in x.shape))
+        step = np.sign(common + rng.standard_normal(x.shape))
+        return np.float32(x + size * np.sqrt(np.mean(x**2)) * step)
+
+    return moved(a), moved(b)
+
+
+SPECTRA = {
+    "two decades": lambda rank: np.geomspace(1, 1e-2, rank),
+    "four decades": lambda rank: np.geomspace(1, 1e-4, rank),
+    "even": lambda rank: np.linspace(1, 0.01, rank),
+    "fours": lambda rank: np.repeat(np.geomspace(1, 1e-2, rank // 4), 4),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("shape", [(300, 1, 200), (500, 8, 40), (64, 32, 900), (300, 128, 400), (200, 128, 129)])
+def test_well_conditioned_pairs_keep_product_and_balance(shape, route):
+    pair = gaussian(*shape)
+    new = balance(*pair, route=route)
+    assert product_error(pair, new) < 1.2e-6
+    assert gap(*new) < 1e-6
+    assert off_diagonal(new[0].T @ new[0]) < 1e-5
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-2, 1e-1])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("rank", [8, 64])
+def test_the_iteration_lands_on_the_exact_route_without_it(rank, spectrum, size, monkeypatch):
+    """After a training step the iteration converges by itself, columns in their places."""
+    pair = after_a_step(128, rank, 200, SPECTRA[spectrum](rank), size)
+    grams = [jnp.asarray(gram)[None] for gram in (pair[0].T @ pair[0], pair[1] @ pair[1].T)]
+    from balora_jax.gauge import iterative_change
+
+    change = jax.jit(iterative_change)(*grams)
+    assert change.found.all()
+    new = balance(*pair, route="iterative")
+    assert product_error(pair, new) < 1.2e-6
+    assert gap(*new) < 1e-6
+    assert off_diagonal(new[0].T @ new[0]) < 1e-5
+    assert off_diagonal(new[1] @ new[1].T) < 1e-5
+    exact = balance(*pair, route="exact")
+    values = [np.sort(np.linalg.norm(np.asarray(x[0], float), axis=0)) for x in (new, exact)]
+    np.testing.assert_allclose(*values, rtol=1e-3)
+    if size == 1e-3 and spectrum != "fours":  # equal singular values may turn
+        cosines = (
+            np.sum(np.asarray(new[0]) * pair[0], 0) / np.linalg.norm(new[0], axis=0) / np.linalg.norm(pair[0], axis=0)
+        )
+        assert np.all(cosines > 0.5)
+
+
+@pytest.mark.parametrize("route", ["exact", "iterative"])
+@pytest.mark.parametrize("rank", [8, 64])
+@pytest.mark.parametrize("condition", [1e1, 1e2, 1e3, 1e4, 1e5, 1e6])
+def test_ill_conditioned_factors(condition, rank, route):
+    pair = of_condition(condition, 160, rank, 200)
+    outcome = balance_pair(*pair, route=route)
+    assert not outcome.untouched
+    assert product_error(pair, outcome[:2]) < 1.2e-6
+    assert gap(*outcome[:2]) < 1e-6
+    expected = np.sqrt(np.linalg.svd(pair[0].astype(float) @ pair[1].astype(float))[1][:rank])
+    found = np.sort(np.linalg.norm(np.asarray(outcome.lora_a, float), axis=0))[::-1]
+    # float32 factors hold a direction only down to their own rounding
+    np.testing.assert_allclose(found, expected, rtol=1e-3 + 1e-6 * condition**0.5, atol=3e-8 * expected[0])
+
+
+@pytest.mark.parametrize("turn", [False, True], ids=["graded columns", "mixed columns"])
+def test_a_product_that_spans_twelve_decades(turn):
+    a, b = hyper_balanced(160, 200, np.geomspace(1, 1e-12, 12))
+    mix = np.linalg.qr(np.random.default_rng(0).standard_normal((12, 12)))[0] if turn else np.eye(12)
+    pair = np.float32(a @ mix), np.float32(mix.T @ b)
+    outcome = balance_pair(*pair)
+    assert not outcome.untouched
+    assert product_error(pair, outcome[:2]) < 1.2e-6
+    assert gap(*outcome[:2]) < 1e-6
+    expected = np.linalg.svd(pair[0].astype(float) @ pair[1].astype(float))[1][:12]
+    found = np.sort(np.linalg.norm(np.asarray(outcome.lora_a, float), axis=0))[::-1] ** 2
+    np.testing.assert_allclose(found, expected, rtol=0.1 if turn else 1e-4)
+
+
+def test_factors_that_cancel_keep_their_product():
+    """Where `||A B||` is far below `||A|| ||B||`, float32 factors cannot be balanced without losing the product."""
+    rng = np.random.default_rng(0)
+    u, v, w = (np.linalg.qr(rng.standard_normal((n, 8)))[0] for n in (60, 70, 8))
+    values = np.geomspace(1, 1e-6, 8)
+    pair = np.float32(u * values @ w), np.float32(w.T @ (v * values[::-1]).T)
+    outcome = balance_pair(*pair)
+    assert product_error(pair, outcome[:2]) < 3e-6
+    assert outcome.untouched
+
+
+@pytest.mark.parametrize("shape", [(8, 12, 16), (16, 12, 8), (9, 12, 9), (1, 3, 5)])
+@pytest.mark.parametrize("gauge", ["svd", "raw_svd", "nearest", "symmetric"])
+def test_more_columns_than_the_matrix_has_rank(shape, gauge):
+    """With r > min(a, b) the product has all the rank that there is, and the pair is balanced within it."""
+    pair = gaussian(*shape)
+    outcome = balance_pair(*pair, gauge=gauge)
+    a, b = outcome[:2]
+    assert not outcome.untouched
+    assert product_error(pair, (a, b)) < 1.2e-6
+    assert gap(a, b) < 1e-6
+    least = min(shape[0], shape[2])
+    if "svd" in gauge:
+        assert off_diagonal(a.T @ a) < 1e-5
+        assert np.sum(np.any(np.asarray(a) != 0, axis=0)) == least
+    if gauge == "symmetric":
+        np.testing.assert_allclose(outcome.change, outcome.change.T, atol=1e-5)
+    np.testing.assert_allclose(pair[0] @ outcome.change, a, atol=1e-5)
+    np.testing.assert_allclose(outcome.inverse_change @ pair[1], b, atol=1e-5)
+    again = balance_pair(a, b, gauge=gauge)
+    assert product_error((a, b), again[:2]) < 2e-6
+    nothing = balance_pair(pair[0], 0 * pair[1], gauge=gauge)
+    assert nothing.untouched
+    assert np.array_equal(nothing.lora_a, pair[0])
+
+
+@pytest.mark.parametrize("route", ["exact", "iterative"])
+def test_a_thousand_projections_do_not_drift(route):
+    pair = gaussian(40, 6, 30)
+    start = balance(*pair)
+    end = jax.lax.fori_loop(0, 1000, lambda _, pair: balance(*pair, route=route), start)
+    assert product_error(pair, end) < 1e-5
+    for old, new in zip(start, end, strict=True):
+        assert np.linalg.norm(new - old) < 1e-5 * np.linalg.norm(old)
+
+
+def test_change_of_gauge_is_reported():
+    pairs = [gaussian(30, 4, 20), of_condition(1e4, 30, 4, 25), (gaussian(30, 4, 20)[0], jnp.zeros((4, 20)))]
+    for gauge in ("svd", "nearest"):
+        for (a, b), outcome in zip(pairs, balance_pairs(pairs, gauge=gauge), strict=True):
+            np.testing.assert_allclose(a @ outcome.change, outcome.lora_a, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(outcome.inverse_change @ b, outcome.lora_b, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(outcome.change, jnp.eye(4))
+
+
+def test_pairs_of_all_shapes_at_once_are_as_each_alone():
+    pairs = [
+        gaussian(30, 4, 20),
+        gaussian(12, 4, 50),
+        gaussian(30, 7, 20),
+        gaussian(3, 4, 20),
+        gaussian(30, 4, 20, seed=1),
+    ]
+    pairs.append(of_condition(1e5, 30, 4, 20))
+    for pair, together in zip(pairs, balance_pairs(pairs), strict=True):
+        alone = balance_pair(*pair)
+        for x, y in zip(together, alone, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def compiled_update(params):
+    tx = balora_project()
+    return jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params), params).compile()
+
+
+@pytest.mark.parametrize("leading", [(), (6,)], ids=["single", "stacked"])
+def test_memory_is_one_more_copy_of_the_factors(leading):
+    shapes = [(512, 16, 2048), (2048, 16, 512), (512, 16, 2048)] * (1 if leading else 6)
+    params = {
+        str(i): {
+            "lora_a": jax.ShapeDtypeStruct((*leading, a, r), jnp.float32),
+            "lora_b": jax.ShapeDtypeStruct((*leading, r, b), jnp.float32),
+        }
+        for i, (a, r, b) in enumerate(shapes)
+    }
+    size = sum(4 * x.size for x in jax.tree.leaves(params))
+    assert compiled_update(params).memory_analysis().temp_size_in_bytes < 1.1 * size
+
+
+def params_for(rank, dtype=jnp.float32):
+    return {
+        name: {"lora_a": jax.ShapeDtypeStruct((a, rank), dtype), "lora_b": jax.ShapeDtypeStruct((rank, b), dtype)}
+        for name, (a, b) in TREE.items()
+    }
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_lowers_for_accelerators_at_full_precision(platform, monkeypatch):
+    """No product of the program may fall to TF32 or bfloat16 passes, and none has the size of the full weight."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(stacks, "_projection", stacks._projection.__wrapped__)
+    tx, params = balora(optax.adam(1e-3)), params_for(8)
+    traced = jax.jit(tx.update).trace(params, jax.eval_shape(tx.init, params), params)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) > 10
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+    for a, b in TREE.values():
+        assert f"tensor<{a}x{b}x" not in text
+
+
+def test_the_iteration_is_what_accelerators_run():
+    """Only the fallback, inside a loop that runs for pairs that need it, factorises."""
+    lowered = jax.jit(lambda a, b: balance(a, b)).trace(*gaussian(30, 4, 20))
+    cuda, cpu = (lowered.lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "cpu"))
+    iterative = jax.jit(lambda a, b: balance(a, b, route="iterative")).trace(*gaussian(30, 4, 20))
+    loops = [text.count("stablehlo.while") for text in (cuda, iterative.lower(lowering_platforms=("cuda",)).as_text())]
+    assert loops[0] == loops[1] > cpu.count("stablehlo.while")
+
+
+def run_alone(program, flags="", timeout=240):
+    """Runs a program in a process of its own; a deadlock ends in `TimeoutExpired`."""
+    text = f"import os\nos.environ['XLA_FLAGS'] = {flags!r}\n" + textwrap.dedent(program)
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_three_groups_in_a_users_program_do_not_deadlock():
+    run_alone(
+        """
+        import jax, jax.numpy as jnp
+        from balora_jax import balance
+        shapes = [(512, 640), (640, 300), (300, 512)]
+        keys = jax.random.split(jax.random.key(0), 6)
+        factors = [(jax.random.normal(keys[2 * i], (36, a, 32)), jax.random.normal(keys[2 * i + 1], (36, 32, b)))
+                   for i, (a, b) in enumerate(shapes)]
+        step = jax.jit(lambda factors: [balance(*pair) for pair in factors])
+        mapped = jax.jit(lambda factors: [jax.vmap(balance)(*pair) for pair in factors])
+        for _ in range(20):
+            factors = jax.block_until_ready(mapped(step(factors)))
+        """
+    )
+
+
+@pytest.mark.parametrize("rank", [96, 128])
+def test_two_hundred_steps_of_eight_shapes_do_not_deadlock(rank):
+    run_alone(
+        f"""
+        import jax, jax.numpy as jnp, optax
+        from balora_jax import balora
+        key = jax.random.key(0)
+        params = {{}}
+        for i in range(8):
+            a, b = 136 + 8 * i, 216 - 8 * i
+            params[str(i)] = {{"lora_a": jax.random.normal(key, (2, a, {rank})), "lora_b": jnp.zeros((2, {rank}, b))}}
+        tx = balora(optax.adam(1e-2))
+        def loss(params, x):
+            outputs = [x[: p["lora_a"].shape[1]] @ p["lora_a"] @ p["lora_b"] for p in params.values()]
+            return sum(jnp.mean((y - 1.0) ** 2) for y in outputs)
+        @jax.jit
+        def step(params, state, key):
+            updates, state = tx.update(jax.grad(loss)(params, jax.random.normal(key, (256,))), state, params)
+            return optax.apply_updates(params, updates), state
+        state = tx.init(params)
+        for i in range(200):
+            params, state = step(params, state, jax.random.fold_in(key, i))
+        assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(params))
+        assert int(state.projection.nonfinite) == 0
+        """
+    )
+
+
+SHARDED = """
+    import re, sys
+    import jax, jax.numpy as jnp, numpy as np, optax
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    from balora_jax import balora
+
+    layers, rank, a, b = 8, 6, 64, 128
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.standard_normal((layers, n, rank)))[0] for n in (a, b))
+    root = np.sqrt(np.geomspace(8, 1, rank))
+    params = {"lora_a": jnp.float32(u * root), "lora_b": jnp.float32((v * root).mT), "bias": jnp.ones(3)}
+    updates = jax.tree.map(lambda x: 0.01 * jnp.cos(40 * x), params)
+    tx = balora(optax.sgd(1.0, momentum=0.9))
+    expected, _ = tx.update(updates, tx.init(params), params)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+        for spec_a, spec_b in ((P(None, "x"), P(None, None, "x")), (P("x"), P("x")), (P(None, "x"), P())):
+            shardings = {"lora_a": spec_a, "lora_b": spec_b, "bias": P()}
+            shardings = {name: NamedSharding(mesh, spec) for name, spec in shardings.items()}
+            there = [jax.device_put(x, shardings) for x in (updates, params)]
+            state = tx.init(there[1])
+            compiled = jax.jit(tx.update).lower(there[0], state, there[1]).compile()
+            moved = re.findall(
+                r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)", compiled.as_text()
+            )
+            assert moved, "the check saw no communication at all"
+            sizes = [int(np.prod([int(n) for n in dims.split(",") if n])) for kind, _ in moved
+                     for dims in re.findall(r"\\w+\\[([\\d,]*)\\]", kind)]
+            assert max(sizes) <= layers * rank * rank, (spec_a, spec_b, moved)
+            found, _ = compiled(there[0], state, there[1])
+            for name in params:
+                np.testing.assert_allclose(found[name], expected[name], atol=2e-5)
+                assert found[name].sharding.is_equivalent_to(shardings[name], found[name].ndim), name
+"""
+
+
+def test_sharded_factors_stay_where_they_are():
+    """Along their long axes or along the layers, in both modes of sharding: only r x r matrices travel."""
+    run_alone(SHARDED, flags="--xla_force_host_platform_device_count=8")
