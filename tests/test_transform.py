@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from oracles import assert_same_product, gap, mixed_pair, same_bits
 
-from balora_jax import GAUGES, BaloraProjectState, Pair, balance, balora_project, find_pairs
+from balora_jax import GAUGES, BaloraProjectState, Pair, balance, balora, balora_project, find_pairs
 from balora_jax.pairs import read_pairs
 
 ROWS, RANK, COLUMNS = 12, 3, 9
@@ -375,3 +375,43 @@ def test_aligned_columns_keep_the_meaning_of_adams_moments():
     )
     assert np.all(aligned < 1e-3)
     assert np.all(aligned < 0.3 * raw)
+
+
+def end_of_run(transformation, *, sleeping, steps=400):
+    """Losses of two experts in one stacked pair, `B = 0` at the start; the second gets no token in its first steps."""
+    keys = jax.random.split(jax.random.key(3), 4)
+    inputs = jax.random.normal(keys[0], (2, 40, ROWS))
+    target = inputs @ (jax.random.normal(keys[1], (2, ROWS, RANK)) @ jax.random.normal(keys[2], (2, RANK, COLUMNS)))
+    params = {
+        "lora_a": jax.random.uniform(keys[3], (2, ROWS, RANK), minval=-1, maxval=1) / ROWS**0.5,
+        "lora_b": jnp.zeros((2, RANK, COLUMNS)),
+    }
+
+    def losses(params):
+        return jnp.mean((inputs @ params["lora_a"] @ params["lora_b"] - target) ** 2, axis=(1, 2))
+
+    def step(carry, i):
+        params, state = carry
+        awake = jnp.stack([jnp.ones(()), jnp.where(i < sleeping, 0.0, 1.0)])
+        grads = jax.grad(lambda params: jnp.sum(awake * losses(params)))(params)
+        updates, state = transformation.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), losses(params)
+
+    return np.asarray(jax.lax.scan(step, (params, transformation.init(params)), jnp.arange(steps))[1])
+
+
+@pytest.mark.parametrize("transport", [False, True])
+@pytest.mark.parametrize("gauge", ["svd", "nearest"])
+@pytest.mark.parametrize(
+    ("rate", "sleeping"),
+    [(optax.linear_schedule(0.0, 3e-2, 30), 0), (3e-2, 50)],
+    ids=["warm-up from 0", "an expert sleeps"],
+)
+def test_what_starts_late_ends_as_well_as_with_lora(rate, sleeping, gauge, transport):
+    lora = end_of_run(optax.adam(rate), sleeping=sleeping)
+    balanced = end_of_run(balora(optax.adam(rate), gauge=gauge, transport=transport), sleeping=sleeping)
+    if sleeping:  # no factor moved, and nothing was lost
+        np.testing.assert_array_equal(balanced[:sleeping, 1], balanced[0, 1])
+    for losses in (lora, balanced):
+        assert np.all(losses[-1] < 1e-4 * losses[0])
