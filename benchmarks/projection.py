@@ -240,7 +240,7 @@ def step_table(ranks, repeats):
         adapters = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(2), x.shape), adapters)
 
         def loss(adapters, rest, graph=graph):
-            logits = nnx.merge(graph, adapters, rest)(tokens[:, :-1])
+            logits = nnx.merge(graph, adapters, rest, copy=True)(tokens[:, :-1])
             return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
         def run(transformation, loss=loss, adapters=adapters, rest=rest):
