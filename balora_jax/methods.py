@@ -23,13 +23,13 @@ class BalanceSettings:
 
     Attributes:
         gauge: which balanced pair.
-        transport: whether the optimizer's moments are carried along.
+        transport: whether the optimizer's moments are carried along; the paper leaves them as they are.
         every: steps between projections.
         start_step: number of first steps without.
     """
 
     gauge: Gauge = "svd"
-    transport: bool = True
+    transport: bool = False
     every: int = 1
     start_step: int = 0
 

@@ -119,7 +119,8 @@ def balora(
     Args:
         inner: the optimizer. States of optax's Adam family (adam, adamw, nadam, amsgrad, adabelief), sgd with momentum,
             lion, rmsprop and adagrad are carried, inside chains, `inject_hyperparams`, `masked`, `partition` and
-            `MultiSteps` too.
+            `MultiSteps` too. adamax keeps an Adam state of another meaning that cannot be told apart: give it
+            `transport=False`.
         gauge: which balanced pair to take, see `balora_jax.balance`.
         transport: whether to carry the moments; `balora(inner, transport=False)` does what
             `optax.chain(inner, balora_project())` does.
@@ -158,7 +159,8 @@ def balora(
     if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
         raise TypeError(f"inner must be an optax gradient transformation, got {inner!r}")
     init_projection, project = _projection(gauge, route, every, start_step, pairs, transport)
-    inner = optax.with_extra_args_support(inner)
+    if not isinstance(inner, optax.MultiSteps):  # which passes extra arguments on by itself
+        inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
         state = BaloraState(inner.init(params), init_projection(params))

@@ -16,7 +16,8 @@ from balora_jax.gauge import matmul
 from balora_jax.pairs import Pair, leaves_by_path, with_leaves
 from balora_jax.sharding import sharded_like
 
-# Which fields of optax's states are moments of past gradients, and of which order.
+# Which fields of optax's states are moments of past gradients, and of which order. Centred second moments are not here:
+# less the square of a mean that is carried exactly, they could become negative.
 _MOMENTS: dict[type, dict[str, int]] = {
     optax.ScaleByAdamState: {"mu": 1, "nu": 2},
     optax.ScaleByAmsgradState: {"mu": 1, "nu": 2, "nu_max": 2},
@@ -24,11 +25,9 @@ _MOMENTS: dict[type, dict[str, int]] = {
     optax.ScaleByLionState: {"mu": 1},
     optax.TraceState: {"trace": 1},
     optax.ScaleByRmsState: {"nu": 2},
-    optax.ScaleByRStdDevState: {"mu": 1, "nu": 2},
     optax.ScaleByRssState: {"sum_of_squares": 2},
     optax.MultiStepsState: {"acc_grads": 1},
     type(optax.scale_by_rms(bias_correction=True).init({})): {"nu": 2},
-    type(optax.scale_by_stddev(bias_correction=True).init({})): {"mu": 1, "nu": 2},
 }
 
 
@@ -52,9 +51,17 @@ def check_movable(state: Any, pairs: Sequence[Pair]) -> None:
                 f"gauge (there is one for {known}); use balora(..., transport=False), or chain the optimizer with "
                 f"balora_project(), to leave the state as it is"
             )
-    for node in jax.tree.leaves(state, is_leaf=_holds_moments):
+    for path, node in leaves_by_path(state, is_leaf=_holds_moments).items():
         if isinstance(node, optax.MultiStepsState):
             check_movable(node.inner_opt_state, pairs)
+        for name in _MOMENTS.get(type(node), ()):
+            missing = factors - leaves_by_path(getattr(node, name)).keys()
+            if missing:
+                raise ValueError(
+                    f"the inner optimizer keeps {name} of {type(node).__name__} at {path or 'the top of its state'} in "
+                    f"another structure than the parameters (no {min(missing)}), and it cannot be carried through a "
+                    f"change of gauge; take out what flattens the parameters, or use balora(..., transport=False)"
+                )
 
 
 def move_state(state: Any, pairs: Sequence[Pair], changes: Sequence[tuple[jax.Array, jax.Array]]) -> Any:

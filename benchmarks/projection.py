@@ -1,18 +1,18 @@
 """Speed, memory and accuracy of the balanced projection on the device that JAX finds.
 
-    python benchmarks/projection.py [TABLE ...] [--ranks R ...] [--repeats N] [--record FILE]
+    python benchmarks/projection.py [TABLE ...] [--ranks R ...] [--repeats N] [--record FOLDER]
 
 Tables (all if none is named):
 
 pairs    one pass over the 108 MLP pairs of Qwen2.5-3B (36 x [2048 x r, r x 11008], twice, and [11008 x r, r x 2048]),
-         against the floor (the Gram products and the applications alone), NumPy and, if torch is installed
+         against the floor (the Gram products and the applications alone), NumPy and, if torch is installed,
          the paper's algorithm as written: three thin SVDs a pair
-routes   the exact and the iterative route on the pairs as a training step leaves them, by rank
+routes   the exact and the iterative route on pairs as a training step leaves them; above rank 128 on 12 of them
 step     what the projection adds to a training step (hidden 256, 6 layers, batch 8 x 256, AdamW on the MLPs' adapters)
 memory   bytes that the compiled projection needs beside its arguments and results, in copies of the factors
 
 Times are medians over repeats; the things that a row compares are run in turn, one of each in every repeat, so that a
-noisy machine harms them alike. With `--record` the tables are written to a file too, as README.md shows them.
+noisy machine harms them alike. With `--record` each table is written to a file too, as README.md shows it.
 """
 
 import argparse
@@ -52,13 +52,13 @@ def seconds(functions: dict, repeats: int) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def random_pairs(rank: int, *, stacked: bool = False) -> list[tuple[jax.Array, jax.Array]]:
-    """The 108 pairs with standard normal entries, or the same in three stacks of 36."""
+def random_pairs(rank: int, *, stacked: bool = False, layers: int = LAYERS) -> list[tuple[jax.Array, jax.Array]]:
+    """The pairs of some layers with standard normal entries, one by one or in three stacks."""
     rng = np.random.default_rng(0)
-    leading = (LAYERS,) if stacked else ()
+    leading = (layers,) if stacked else ()
     return [
         tuple(jnp.asarray(rng.standard_normal((*leading, *shape)), jnp.float32) for shape in ((a, rank), (rank, b)))
-        for _ in range(1 if stacked else LAYERS)
+        for _ in range(1 if stacked else layers)
         for a, b in SHAPES
     ]
 
@@ -204,7 +204,7 @@ def routes_table(ranks, repeats):
     """The table `routes`."""
     yield "rank | floor, ms | exact | iterative | product error | gap | product error, iterative | gap, iterative"
     for rank in ranks:
-        pairs = after_a_step(random_pairs(rank))
+        pairs = after_a_step(random_pairs(rank, layers=LAYERS if rank <= 128 else 4))
         changes = [jnp.eye(rank) for _ in pairs]
         routes = {
             route: jax.jit(lambda pairs, route=route: [x[:2] for x in balance_pairs(pairs, route=route)])
@@ -312,7 +312,7 @@ def main() -> None:
     parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="which tables; all if none is named")
     parser.add_argument("--ranks", nargs="+", type=int, help="ranks instead of each table's own")
     parser.add_argument("--repeats", type=int, default=9, help="measurements of each time")
-    parser.add_argument("--record", type=Path, help="file that gets the tables as Markdown")
+    parser.add_argument("--record", type=Path, help="folder that gets a Markdown file per table")
     parser.add_argument("--reference", choices=["numpy", "torch"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.reference:
@@ -320,20 +320,20 @@ def main() -> None:
         return
     device = jax.devices()[0]
     cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
-    lines = [f"{device.device_kind}{cores}, jax {jax.__version__}, `{' '.join(['python', *sys.argv])}`"]
-    print(lines[0])
+    heading = f"{device.device_kind}{cores}, jax {jax.__version__}, `{' '.join(['python', *sys.argv])}`"
+    print(heading)
     for name in arguments.tables or TABLES:
         table, ranks = TABLES[name]
-        lines += ["", f"**{name}**", ""]
+        lines = [heading, ""]
         print(f"\n{name}")
         for i, row in enumerate(table(arguments.ranks or ranks, arguments.repeats)):
             print(row, flush=True)
             lines.append(f"| {row} |")
             if i == 0:
                 lines.append(f"|{'---|' * (row.count('|') + 1)}")
-    if arguments.record:
-        arguments.record.parent.mkdir(parents=True, exist_ok=True)
-        arguments.record.write_text("\n".join(lines) + "\n")
+        if arguments.record:
+            arguments.record.mkdir(parents=True, exist_ok=True)
+            (arguments.record / f"projection-{name}-{device.platform}.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

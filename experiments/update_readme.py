@@ -2,8 +2,8 @@
 
     python experiments/update_readme.py [--check]
 
-NAME is a folder beside this script with a `results.json`. With `--check` nothing is written, and the exit code is 1 if
-the README does not show what is recorded.
+NAME is a folder beside this script with a `results.json`, or a file `benchmarks/recorded/NAME.md`. With `--check`
+nothing is written, and the exit code is 1 if the README does not show what is recorded.
 """
 
 import json
@@ -14,6 +14,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 HEADER = "| method | best cell | evaluation loss | exact match | n | balancing gap | ms / step | diverged |"
+
+
+def recorded(name: str) -> str:
+    """Returns what is recorded under a name, as Markdown."""
+    benchmark = HERE.parent / "benchmarks" / "recorded" / f"{name}.md"
+    return benchmark.read_text().rstrip() if benchmark.exists() else markdown(HERE / name)
 
 
 def markdown(folder: Path) -> str:
@@ -43,7 +49,7 @@ def main() -> int:
     old = README.read_text()
     new, tables = re.subn(
         r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)",
-        lambda match: f"{match[1]}{markdown(HERE / match[2])}\n{match[3]}",
+        lambda match: f"{match[1]}{recorded(match[2])}\n{match[3]}",
         old,
         flags=re.DOTALL,
     )

@@ -1,9 +1,9 @@
 """Gauge x transport under true Adam on a 20 x 20 matrix: `python experiments/gauges/synthetic.py`.
 
-A standard normal target is approximated by `A B` of rank 4 (`A` standard normal, `B` zero at the start), by Adam with a
-constant learning rate. Every method sees the same targets and starts; its learning rate is the one of 16 with the lowest
-median of the loss, less that of the best rank-4 approximation, over 32 seeds, for each number of steps by itself. All
-runs of a method are one compiled program, in float64. Writes `synthetic.json` and prints it as a table.
+A standard normal target is approximated by `A B` of rank 4 (`A` standard normal, `B` zero at the start), by Adam with
+a constant learning rate. Every method sees the same targets and starts; its learning rate is the one of 16 with the
+lowest median of the loss, less that of the best rank-4 approximation, over 32 seeds, for each number of steps by
+itself. All runs of a method are one compiled program, in float64. Writes `synthetic.json` and prints it as a table.
 """
 
 import json
