@@ -10,7 +10,16 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from balora_jax.training.config import Config, ConfigError, Sweep, field_names, load_config, suggestion
+from balora_jax.training.config import (
+    Config,
+    ConfigError,
+    Sweep,
+    combinations,
+    field_names,
+    load_config,
+    suggestion,
+    with_fields,
+)
 from balora_jax.training.records import RunError
 
 USAGE = """usage: balora-jax run CONFIG [--output FOLDER] [--field.name VALUE ...]
@@ -85,10 +94,23 @@ def apply_overrides(
                 raise ConfigError(f"there is no field {name}{suggestion(name)}")
             overridden.append(name if name in known else negated)
     config = _parse(config, arguments, prog)
+    return config, _without(config, sweep, overridden), output
+
+
+def _without(config: Config, sweep: Sweep, overridden: list[str]) -> Sweep:
+    """The sweep without some fields; runs that differed in these alone, and are now the same, are one run."""
     mappings = [sweep] if isinstance(sweep, Mapping) else list(sweep)
-    mappings = [{k: v for k, v in mapping.items() if k not in overridden} for mapping in mappings]
-    unique = [mapping for i, mapping in enumerate(mappings) if mapping not in mappings[:i]]
-    return config, unique, output
+    if not any(name in mapping for mapping in mappings for name in overridden):
+        return sweep
+    runs: list[Config] = []
+    kept: list[dict] = []
+    for mapping in mappings:
+        for choice in combinations({name: values for name, values in mapping.items() if name not in overridden}):
+            run = with_fields(config, choice)
+            if run not in runs:
+                runs.append(run)
+                kept.append({name: (value,) for name, value in choice.items()})
+    return kept
 
 
 def _take_output(arguments: list[str]) -> tuple[list[str], Path | None]:

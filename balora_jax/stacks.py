@@ -31,8 +31,8 @@ _TRUSTED_GROWTH = 4.0
 _TRUSTED_CONDITION = 200.0
 # Gram matrices of columns within these norms neither overflow in float32 nor lose digits to underflow.
 _SAFE_NORMS = (1e-13, 1e13)
-# Above this growth, applying the change in float32 would cost the product more than 2e-6 of its size.
-_MOST_GROWTH = 1e3
+# A change that would cost the product more than so many roundings is not applied.
+_MOST_DAMAGE = 16.0
 
 
 def _product(left, right):
@@ -78,11 +78,11 @@ def balance_stacks(lefts, rights, gauge: str, route: str):
         `(N, r, r)`, and whether a pair was left for lack of rank, or for a NaN or infinity. Left pairs have the
         identity for a change; products with it spread a NaN in its factor.
     """
-    return sharded_like((lefts, rights), _projection(gauge, route), lefts, rights, replicated=4)
+    return sharded_like((lefts, rights), _compiled(gauge, route), lefts, rights, replicated=4)
 
 
 @cache
-def _projection(gauge: str, route: str):
+def _compiled(gauge: str, route: str):
     """The compiled function behind `balance_stacks`.
 
     A `vmap` outside would make both branches of every condition run, and batch calls of LAPACK; so it is turned into
@@ -95,7 +95,7 @@ def _projection(gauge: str, route: str):
         with jax.enable_x64(wide == jnp.float64):
             if lefts[0].shape[2] > min(lefts[0].shape[1], rights[0].shape[2]):
                 return _balanced_redundant(lefts[0], rights[0], gauge, wide)
-            return _balanced(lefts, rights, gauge, route, wide)
+            return _balanced(lefts, rights, gauge, route, wide, lefts[0].dtype)
 
     @run.def_vmap
     def _(axis_size, in_batched, lefts, rights):
@@ -115,22 +115,26 @@ def _projection(gauge: str, route: str):
     return jax.jit(run)
 
 
-def _balanced(lefts, rights, gauge, route, wide):
-    """Balances stacks of pairs of one rank, with r x r work in the dtype `wide`; see `balance_stacks`."""
+def _balanced(lefts, rights, gauge, route, wide, precision):
+    """Balances stacks of pairs of one rank; see `balance_stacks`.
+
+    The r x r work is done in the dtype `wide`; `precision` is the dtype that the factors come from and will go to.
+    """
     dtype = lefts[0].dtype
     gram_a = jnp.concatenate([_gram(a, 0) for a in lefts]).astype(wide)
     gram_b = jnp.concatenate([_gram(b, 1) for b in rights]).astype(wide)
     change, trusted = _trusted_change(gram_a, gram_b, gauge, route, dtype)
     if gauge != "raw_svd":
-        change = chosen(_settled(gram_a, gram_b, gauge, float(jnp.finfo(dtype).eps)), identity_change(gram_a), change)
+        settled = _settled(gram_a, gram_b, gauge, float(jnp.finfo(precision).eps))
+        change = chosen(settled, identity_change(gram_a), change)
     change, deficient, nonfinite = in_place(
         (~trusted).any(),
-        lambda outcome: _careful_change(lefts, rights, trusted, outcome[0], gauge),
+        lambda outcome: _careful_change(lefts, rights, trusted, outcome[0], gauge, precision),
         (change, jnp.zeros(trusted.shape, bool), jnp.zeros(trusted.shape, bool)),
     )
     forward, inverse = change.forward.astype(dtype), change.inverse.astype(dtype)
-    new_lefts = [_product(a, change) for a, change in zip(lefts, split(forward, lefts), strict=True)]
-    new_rights = [_product(change, b) for b, change in zip(rights, split(inverse, rights), strict=True)]
+    new_lefts = [_product(a, t) for a, t in zip(lefts, split(forward, lefts), strict=True)]
+    new_rights = [_product(t, b) for b, t in zip(rights, split(inverse, rights), strict=True)]
     return new_lefts, new_rights, forward, inverse, deficient, nonfinite
 
 
@@ -138,7 +142,7 @@ def _trusted_change(gram_a, gram_b, gauge, route, dtype):
     """The change of gauge from Gram matrices of the precision `dtype`, and for which pairs these were good enough."""
 
     def judged(change, gram_a, gram_b):
-        growth, condition = _errors(change, gram_a, gram_b)
+        growth, condition, _ = _errors(change, gram_a, gram_b)
         trusted = change.found & (growth < _TRUSTED_GROWTH) & (condition < _TRUSTED_CONDITION)
         return trusted & _safe(gram_a) & _safe(gram_b)
 
@@ -182,7 +186,7 @@ def _settled(gram_a, gram_b, gauge, eps):
     return settled & (jnp.abs(tilt) <= 8 * eps * unit).all((1, 2))
 
 
-def _careful_change(lefts, rights, trusted, change, gauge):
+def _careful_change(lefts, rights, trusted, change, gauge, precision):
     """The change of gauge from Gram matrices of wider precision, where those of working precision were not trusted.
 
     Their squares neither overflow nor underflow the wider range, and condition numbers may be the square root of its
@@ -191,7 +195,8 @@ def _careful_change(lefts, rights, trusted, change, gauge):
     Returns:
         The change, the identity where a pair is left; which pairs lack rank, and which hold a NaN or infinity.
     """
-    dtype, wide = lefts[0].dtype, change.forward.dtype
+    wide = change.forward.dtype
+    eps, tiny = float(jnp.finfo(precision).eps), float(jnp.finfo(precision).tiny)
 
     def grams(left, right):
         return _gram(left.astype(wide), 0), _gram(right.astype(wide), 1)
@@ -209,28 +214,43 @@ def _careful_change(lefts, rights, trusted, change, gauge):
     norms = column_norms(gram_a), column_norms(gram_b)
     nonfinite = ~trusted & ~(jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])).all(1)
     careful = exact_change(gram_a, gram_b)
-    growth, condition = _errors(careful, gram_a, gram_b)
-    full_rank = condition < 1 / (4 * float(jnp.finfo(dtype).eps))
-    found = careful.found & full_rank & (growth < _MOST_GROWTH)
+    _, condition, damage = _errors(careful, gram_a, gram_b)
+    # numbers that the precision can hold to all their digits
+    extent = jnp.stack(
+        [
+            jnp.abs(careful.forward).max(2).min(1),
+            jnp.abs(careful.inverse).max(1).min(1),
+            jnp.sqrt(careful.values.max(1)),
+        ]
+    )
+    held = ((extent > tiny / eps) & (extent < eps / tiny)).all(0)
+    found = careful.found & (condition < 1 / (4 * eps)) & (damage < _MOST_DAMAGE) & held
     careful = turned(careful, rotation(careful, gram_a, gram_b, gauge))
     careful = chosen(found, careful, identity_change(gram_a))
     return chosen(trusted, change, careful), ~(trusted | found | nonfinite), nonfinite
 
 
 def _errors(change, gram_a, gram_b):
-    """What a change to hyper-balanced pairs does to rounding errors, two numbers `(N)`.
+    """What a change to hyper-balanced pairs does to rounding errors, three numbers `(N)`.
 
     Returns:
-        How much errors of P and Q relative to the norms of the columns are enlarged in the balanced Gram matrices,
-        about 1 at best; and the larger Frobenius norm of the pseudo-inverses of A with unit columns and of B with unit
-        rows, at least sqrt(r).
+        growth: how much errors of P and Q relative to the norms of the columns are enlarged in the balanced Gram
+            matrices, about 1 at best.
+        condition: the larger Frobenius norm of the pseudo-inverses of A with unit columns and of B with unit rows, at
+            least sqrt(r).
+        damage: how much errors of `A T` and `T^-1 B`, relative to the sizes of what is summed, are enlarged in the
+            product, about 1 at best; it is large where A and B cancel.
     """
-    norm_a, norm_b = column_norms(gram_a), column_norms(gram_b)
-    share_a, share_b = (norm_a[:, :, None] * change.forward) ** 2, (change.inverse * norm_b[:, None, :]) ** 2
-    growth = (share_a.sum((1, 2)) + share_b.sum((1, 2))) / (2 * change.values.sum(1))
-    inverse_a = (share_a / change.values[:, None, :]).sum((1, 2))
-    inverse_b = (share_b / change.values[:, :, None]).sum((1, 2))
-    return growth, jnp.sqrt(jnp.maximum(inverse_a, inverse_b))
+    values = change.values
+    share_a = (column_norms(gram_a)[:, :, None] * change.forward) ** 2
+    share_b = (change.inverse * column_norms(gram_b)[:, None, :]) ** 2
+    growth = (share_a.sum((1, 2)) + share_b.sum((1, 2))) / (2 * values.sum(1))
+    inverse_a = (share_a / values[:, None, :]).sum((1, 2))
+    inverse_b = (share_b / values[:, :, None]).sum((1, 2))
+    worst = jnp.maximum((share_a.sum(1) * values).sum(1), (share_b.sum(2) * values).sum(1))
+    scale = values.max(1)
+    damage = jnp.sqrt(worst / scale) / jnp.sqrt((values * (values / scale[:, None])).sum(1))
+    return growth, jnp.sqrt(jnp.maximum(inverse_a, inverse_b)), damage
 
 
 def _safe(gram):
@@ -248,33 +268,28 @@ def _balanced_redundant(left, right, gauge, wide):
     thin = left.mT if left.shape[1] <= right.shape[2] else right
     thin = jnp.where(jnp.isfinite(thin).all((1, 2), keepdims=True), thin, 0).astype(wide)
     basis = lax.map(lambda matrix: jnp.linalg.qr(matrix)[0], thin)
-    small_a, small_b = matmul(left, basis.astype(left.dtype)), matmul(basis.mT.astype(right.dtype), right)
-    inner = _balanced([small_a], [small_b], "raw_svd", "exact", wide)
+    # in the wider dtype, or what A and B do not share would cancel in the precision of the factors
+    old_a, old_b, precision = left, right, left.dtype
+    left, right = left.astype(wide), right.astype(wide)
+    inner = _balanced([matmul(left, basis)], [matmul(basis.mT, right)], "raw_svd", "exact", wide, precision)
     (small_a,), (small_b,), change, inverse, deficient, nonfinite = inner
-    change, inverse = matmul(basis, change.astype(wide)), matmul(inverse.astype(wide), basis.mT)
+    change, inverse = matmul(basis, change), matmul(inverse, basis.mT)
     rank, least = left.shape[-1], small_a.shape[-1]
     if gauge == "raw_svd":
         turn = jnp.broadcast_to(jnp.eye(least, rank, dtype=wide), inverse.shape)
     elif gauge == "symmetric":
         turn = polar(change.mT)
     else:
-        overlap_a = matmul(small_a.mT.astype(wide), left.astype(wide))
-        overlap_b = matmul(small_b.astype(wide), right.mT.astype(wide))
+        overlap_a, overlap_b = matmul(small_a.mT, left), matmul(small_b, right.mT)
         if gauge == "nearest":
             turn = polar(overlap_a + overlap_b)
         else:
-            values = jnp.square(small_a.astype(wide)).sum(1)
-            norms = jnp.linalg.norm(left.astype(wide), axis=1), jnp.linalg.norm(right.astype(wide), axis=2)
-            turn = matching(overlap_a, overlap_b, values, *norms)
-    new_a = matmul(small_a, turn.astype(left.dtype))
-    new_b = matmul(turn.mT.astype(right.dtype), small_b)
-    kept = (deficient | nonfinite)[:, None, None]
-    identity = jnp.eye(rank, dtype=left.dtype)[None]
-    return (
-        [jnp.where(kept, left, new_a)],
-        [jnp.where(kept, right, new_b)],
-        jnp.where(kept, identity, matmul(change, turn).astype(left.dtype)),
-        jnp.where(kept, identity, matmul(turn.mT, inverse).astype(left.dtype)),
-        deficient,
-        nonfinite,
+            norms = jnp.linalg.norm(left, axis=1), jnp.linalg.norm(right, axis=2)
+            turn = matching(overlap_a, overlap_b, jnp.square(small_a).sum(1), *norms)
+    kept, identity = (deficient | nonfinite)[:, None, None], jnp.eye(rank, dtype=wide)[None]
+    new = matmul(small_a, turn), matmul(turn.mT, small_b), matmul(change, turn), matmul(turn.mT, inverse)
+    new_a, new_b, change, inverse = (
+        jnp.where(kept, old, x.astype(precision))
+        for x, old in zip(new, (old_a, old_b, identity.astype(precision), identity.astype(precision)), strict=True)
     )
+    return [new_a], [new_b], change, inverse, deficient, nonfinite

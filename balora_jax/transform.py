@@ -203,7 +203,7 @@ def _projection(gauge, route, every, start_step, pairs, transport):
             lost = _rounded_away(new, *(factor.dtype for factor in factors))
             left = (new.untouched | new.nonfinite | lost)[:, None, None]
             news = zip(step, (new.lora_a, new.lora_b), factors, strict=True)
-            step_a, step_b = (jnp.where(left, u, (x - p).astype(u.dtype)) for u, x, p in news)
+            step_a, step_b = (jnp.where(left, u, (x - p.astype(x.dtype)).astype(u.dtype)) for u, x, p in news)
             new_steps.append((step_a, step_b))
             identity = jnp.eye(new.change.shape[-1], dtype=new.change.dtype)[None]
             changes.append((jnp.where(left, identity, new.change), jnp.where(left, identity, new.inverse_change)))
@@ -239,9 +239,8 @@ def _add_wide(param, update):
 
 def _rounded_away(new: Balanced, dtype_a, dtype_b) -> jax.Array:
     """Whether a new factor is so much smaller that `old + (new - old)` would lose half of its digits, `(n,)`."""
-    return (_norm(new.change) < jnp.finfo(dtype_a).eps ** 0.5) | (
-        _norm(new.inverse_change) < jnp.finfo(dtype_b).eps ** 0.5
-    )
+    least_a, least_b = (float(jnp.finfo(dtype).eps) ** 0.5 for dtype in (dtype_a, dtype_b))
+    return (_norm(new.change) < least_a) | (_norm(new.inverse_change) < least_b)
 
 
 def _norm(change):
@@ -253,6 +252,8 @@ def _check_count(name: str, value, least: int) -> None:
     """Raises unless `value` is an integer of at least `least`; a traced one is taken on trust."""
     if isinstance(value, jax.Array) and not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(f"{name} must be an integer, got dtype {value.dtype}")
+    if isinstance(value, jax.Array) and value.ndim:
+        raise TypeError(f"{name} must be a single integer, got shape {value.shape}")
     if not isinstance(value, jax.Array) and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if not isinstance(value, jax.core.Tracer) and value < least:

@@ -31,7 +31,8 @@ def test_config_runs_when_shrunk(file, tmp_path):
     assert config.name == file.stem
     assert expand(config, sweep)
     config, sweep, _ = apply_overrides(config, sweep, SHRINK.split())
-    (row,) = run(config, sweep, tmp_path / "out", Console(quiet=True))
+    last = expand(config, sweep)[-1]
+    (row,) = run(last, {}, tmp_path / "out", Console(quiet=True))
     assert row["n"] == 1
     assert row["gap_mean"]["mean"] < 1e-5
 

@@ -115,6 +115,18 @@ def test_ill_conditioned_factors(condition, rank, route):
     np.testing.assert_allclose(found, expected, rtol=1e-3 + 1e-6 * condition**0.5, atol=3e-8 * expected[0])
 
 
+@pytest.mark.parametrize("rank", [8, 32])
+@pytest.mark.parametrize("conditions", [(1e4, 1), (1, 3e4), (1e5, 1), (1e2, 1e5)])
+def test_one_factor_far_worse_conditioned_than_the_other(conditions, rank):
+    a, b = (
+        of_condition(c, 160, rank, 200, seed)[i] for i, (c, seed) in enumerate(zip(conditions, (1, 2), strict=True))
+    )
+    outcome = balance_pair(a, b)
+    assert not outcome.untouched
+    assert product_error((a, b), outcome[:2]) < 1.2e-6
+    assert gap(*outcome[:2]) < (3e-6 if max(conditions) <= 1e4 else 3e-5)
+
+
 @pytest.mark.parametrize("turn", [False, True], ids=["graded columns", "mixed columns"])
 def test_a_product_that_spans_twelve_decades(turn):
     a, b = hyper_balanced(160, 200, np.geomspace(1, 1e-12, 12))
@@ -165,9 +177,73 @@ def test_more_columns_than_the_matrix_has_rank(shape, gauge):
     assert np.array_equal(nothing.lora_a, pair[0])
 
 
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("gauge", ["svd", "raw_svd", "nearest", "symmetric"])
+def test_more_columns_than_rank_that_share_little(gauge, condition):
+    """What the rows of A and the columns of B do not share must not cancel in float32."""
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.standard_normal((12, 12)))[0] for _ in range(2))
+    a = rng.standard_normal((6, 6)) @ left[:6]
+    b = (left[:6].T / condition + left[6:].T) @ right[:6]
+    pair = np.float32(a), np.float32(b)
+    outcome = balance_pair(*pair, gauge=gauge)
+    assert product_error(pair, outcome[:2]) < 3e-6
+    if not outcome.untouched:
+        assert gap(*outcome[:2]) < 1e-5
+
+
+BALANCED_SIZES = [(1e18, 1e18), (1e-19, 1e-19), (1e-29, 1e29)]
+EDGES = [*BALANCED_SIZES, (1e34, 1e-34), (1e37, 1e-37), (1e-36, 1e36), (1e19, 1e19), (1e-36, 1e-36)]
+
+
+@pytest.mark.parametrize("sizes", EDGES)
+@pytest.mark.parametrize("gauge", ["svd", "nearest"])
+def test_the_edges_of_the_range_keep_the_product(sizes, gauge):
+    """To rounding or, where float32 cannot hold the balanced pair to all its digits, bit for bit."""
+    pair = tuple(np.float32(x * size) for x, size in zip(gaussian(20, 4, 30), sizes, strict=True))
+    outcome = balance_pair(*pair, gauge=gauge)
+    assert not outcome.nonfinite
+    if outcome.untouched:
+        assert all(np.array_equal(new, old) for new, old in zip(outcome[:2], pair, strict=True))
+    else:
+        old, new = ([np.asarray(x, np.longdouble) for x in each] for each in (pair, outcome[:2]))
+        assert np.abs(new[0] @ new[1] - old[0] @ old[1]).max() < 1e-6 * np.abs(old[0] @ old[1]).max()
+    assert not (outcome.untouched and sizes in BALANCED_SIZES)
+
+
+def test_subnormal_factors_are_returned_as_they_came():
+    pair = tuple(np.float32(x * 1e-41) for x in gaussian(20, 4, 30))
+    assert all(np.any(x != 0) for x in pair)
+    outcome = balance_pair(*pair)
+    assert outcome.untouched
+    assert all(np.array_equal(np.asarray(new), old) for new, old in zip(outcome[:2], pair, strict=True))
+
+
+def test_half_precision_that_would_underflow_is_returned_as_it_came():
+    """A balanced float16 factor below the normal numbers would have lost its digits."""
+    a, b = gaussian(20, 4, 30)
+    pair = jnp.float16(a), jnp.float32(1e-16 * b)
+    outcome = balance_pair(*pair)
+    assert outcome.untouched
+    assert all(np.array_equal(new, old) for new, old in zip(outcome[:2], pair, strict=True))
+    np.testing.assert_array_equal(outcome.change, jnp.eye(4))
+
+
+def test_no_pairs_give_no_outcomes():
+    assert balance_pairs([]) == []
+
+
+def test_differentiation_is_refused_with_advice():
+    a, b = gaussian(20, 4, 30)
+    with pytest.raises(TypeError, match=r"balance has no derivative.*stop_gradient"):
+        jax.jit(jax.grad(lambda a: balance(a, b)[0].sum()))(a)
+    jax.grad(lambda a: (a @ balance(jax.lax.stop_gradient(a), b)[1]).sum())(a)
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e5])
 @pytest.mark.parametrize("route", ["exact", "iterative"])
-def test_a_thousand_projections_do_not_drift(route):
-    pair = gaussian(40, 6, 30)
+def test_a_thousand_projections_do_not_drift(route, condition):
+    pair = of_condition(condition, 40, 6, 30)
     start = balance(*pair)
     end = jax.lax.fori_loop(0, 1000, lambda _, pair: balance(*pair, route=route), start)
     assert product_error(pair, end) < 1e-5

@@ -241,6 +241,14 @@ def test_dtypes_and_shapes_are_stable(dtype, every):
     assert balanced == (every == 1)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_strict_promotion(dtype):
+    params, tx = make_params(dtype), balora_project()
+    with jax.numpy_dtype_promotion("strict"):
+        updates, _ = tx.update(gradient(params), tx.init(params), params)
+    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(updates))
+
+
 @pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.masked(tx, lambda _: IS_FACTOR)])
 def test_state_maps_over_parameters(wrap):
     """`optax.tree.map_params` initialises with a placeholder."""
@@ -309,6 +317,7 @@ def test_a_nonfinite_pair_is_counted_and_harms_no_other(value):
         ({"every": 0}, ValueError, "every must be at least 1, got 0"),
         ({"every": 2.0}, TypeError, "every must be an integer, got 2.0"),
         ({"every": True}, TypeError, "every must be an integer, got True"),
+        ({"every": jnp.ones(3, int)}, TypeError, r"every must be a single integer, got shape \(3,\)"),
         ({"every": jnp.float32(2)}, TypeError, "every must be an integer, got dtype float32"),
         ({"start_step": -1}, ValueError, "start_step must be at least 0, got -1"),
         ({"start_step": None}, TypeError, "start_step must be an integer, got None"),

@@ -297,6 +297,7 @@ UNMOVABLE = {
     "adadelta": (optax.adadelta(1e-1), "1/e_g/down/lora_a"),
     "adan": (optax.adan(1e-1), "0/m/down/lora_a"),
     "novograd": (optax.novograd(1e-1), "0/mu/down/lora_a"),
+    "centred rmsprop": (optax.rmsprop(1e-1, centered=True), "0/mu/down/lora_a"),
     "adafactor": (optax.adafactor(1e-1), r"0/\S*v_row/down/lora_a"),
     "ema": (optax.chain(optax.sgd(1e-1), optax.ema(0.9)), "1/ema/down/lora_a"),
     "rprop": (optax.rprop(1e-1), "0/step_sizes/down/lora_a"),

@@ -10,7 +10,7 @@ import itertools
 import math
 import runpy
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -173,18 +173,26 @@ def expand(config: Config, sweep: Sweep) -> tuple[Config, ...]:
     for mapping in mappings or [{}]:
         if not isinstance(mapping, Mapping):
             raise ConfigError(f"sweep must map field names to values, got {mapping!r}")
-        for name, values in mapping.items():
-            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-                raise ConfigError(f"sweep: {name} must have a sequence of values, got {values!r}")
-        for values in itertools.product(*mapping.values()):
-            run = config
-            for name, value in zip(mapping, values, strict=True):
-                run = with_field(run, name, value)
+        for choice in combinations(mapping):
+            run = with_fields(config, choice)
             if run in runs:
-                raise ConfigError(f"sweep holds a run twice: {dict(zip(mapping, values, strict=True))}")
+                raise ConfigError(f"sweep holds a run twice: {choice}")
             check(run)
             runs.append(run)
     return tuple(runs)
+
+
+def combinations(mapping: Mapping[str, Sequence]) -> Iterator[dict[str, Any]]:
+    """All choices of one value for each field.
+
+    Raises:
+        ConfigError: something other than a sequence of values.
+    """
+    for name, values in mapping.items():
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise ConfigError(f"sweep: {name} must have a sequence of values, got {values!r}")
+    for choice in itertools.product(*mapping.values()):
+        yield dict(zip(mapping, choice, strict=True))
 
 
 def get_field(config: Config, name: str) -> Any:
@@ -207,6 +215,13 @@ def with_field(config: Any, name: str, value: Any) -> Any:
         get_field(config, name)
     first, _, rest = name.partition(".")
     return dataclasses.replace(config, **{first: with_field(getattr(config, first), rest, value) if rest else value})
+
+
+def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
+    """As `with_field` for several fields."""
+    for name, value in values.items():
+        config = with_field(config, name, value)
+    return config
 
 
 def field_names(config: Any = Config, prefix: str = "") -> tuple[str, ...]:

@@ -62,7 +62,7 @@ def test_override_sets_the_field_and_takes_it_out_of_the_sweep(flags, field, val
     config, remaining, output = apply_overrides(BASE, sweep, flags)
     assert get_field(config, field) == value
     assert config == with_field(BASE, field, value)
-    assert remaining == [{"seed": (0, 1)}]
+    assert expand(config, remaining) == expand(config, {"seed": (0, 1)})
     assert output is None
 
 
@@ -71,6 +71,17 @@ def test_override_of_a_field_that_distinguishes_mappings_merges_them():
     _, remaining, output = apply_overrides(BASE, sweep, ["--method", "rslora", "--output", "there"])
     assert remaining == [{"seed": (0,)}]
     assert str(output) == "there"
+
+
+def test_runs_that_an_override_makes_equal_are_one():
+    """One mapping holds the other's runs once the field that told them apart is set."""
+    sweep = [{"method": ("lora",), "seed": (0, 1)}, {"method": ("balora",), "adapter.rank": (4, 8), "seed": (0, 1)}]
+    base = with_field(BASE, "adapter.rank", 8)
+    config, remaining, _ = apply_overrides(base, sweep, ["--method", "balora"])
+    runs = expand(config, remaining)
+    assert sorted((run.adapter.rank, run.seed) for run in runs) == [(4, 0), (4, 1), (8, 0), (8, 1)]
+    with pytest.raises(ConfigError, match="twice"):
+        expand(base, [{"seed": (0,)}, {"seed": (0, 1)}])
 
 
 BAD_FIELDS = [
