@@ -1,0 +1,155 @@
+"""Gradient descent on the matrices of rank r, under the Bures metric and two others to compare it with."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from balora_jax.bures.manifold import Point, Tangent, retraction, singular_values
+from balora_jax.bures.matrix_functions import balanced, solve
+from balora_jax.gauge import matmul
+from balora_jax.transform import Pairs, balora_project
+
+SUFFICIENT_DECREASE = 0.25
+SHRINKAGE = 0.5
+MOST_TRIALS = 40
+
+
+class Descent(NamedTuple):
+    """The outcome of `riemannian_gradient_descent`; the arrays have an entry for each of the steps.
+
+    Attributes:
+        point: the last point.
+        losses: `(steps,)`, the objective before each step.
+        gradient_norms: `(steps,)`, in the metric.
+        singular_values: `(steps, r)`, descending, before each step.
+        step_sizes: `(steps,)`; 0 where the search found no decrease, which ends the descent.
+    """
+
+    point: Point
+    losses: jax.Array
+    gradient_norms: jax.Array
+    singular_values: jax.Array
+    step_sizes: jax.Array
+
+
+def balora_gd(learning_rate: optax.ScalarOrSchedule, *, pairs: Pairs | None = None) -> optax.GradientTransformation:
+    """Gradient descent of the factors, balanced after each step: Riemannian gradient descent under the Bures metric.
+
+    From balanced pairs, a step takes the product X with the gradient G to
+    `X - lr H_X[G] + lr^2 G X^T G`, whatever the gauge.
+
+    Args:
+        learning_rate: of the descent, or a schedule of it.
+        pairs: which parameters are pairs, as for `balora_project`.
+
+    Source: arXiv 2605.31484 (BaLoRA-GD).
+    """
+    return optax.chain(optax.sgd(learning_rate), balora_project(pairs=pairs))
+
+
+def riemannian_gradient_descent(
+    objective: Callable[[jax.Array, jax.Array], jax.Array],
+    point: Point,
+    *,
+    steps: int,
+    step_size: float | jax.Array | Callable[[jax.Array], jax.Array] = 1.0,
+    search: bool = False,
+    metric: str = "bures",
+) -> Descent:
+    """Gradient descent with a retraction.
+
+    Args:
+        objective: a differentiable function `(lora_a, lora_b) -> ()` of the product of its arguments.
+        point: where to start, without leading axes; use `vmap` for several.
+        steps: how many.
+        step_size: of each step; or a function of the number of the step, an array `()`, that gives it.
+        search: whether `step_size` is only where Armijo's rule starts to look: the step is halved until the objective
+            falls by a quarter of what its slope promises. Later searches start at twice the last step.
+        metric: which gradient, and which retraction.
+
+            * `"bures"`: `H_X[G]`, and the paper's retraction.
+            * `"embedded"`: the Euclidean metric of matrices: `P_U G + G P_V - P_U G P_V`, where `P_U` and `P_V` project
+              on the column and row spaces, and the nearest matrix of rank r (Vandereycken 2013).
+            * `"scaled"`: the quotient metric `<dA, dA B B^T> + <dB, A^T A dB>`: `(g_A (B B^T)^-1, (A^T A)^-1 g_B)`,
+              added to the factors (Mishra et al. 2012; as ScaledGD, Tong et al. 2021).
+
+    Returns:
+        A `Descent`.
+
+    Raises:
+        ValueError: the metric is unknown, or the point has leading axes.
+    """
+    if metric not in _METRICS:
+        raise ValueError(f"metric must be one of {', '.join(_METRICS)}, got {metric!r}")
+    if point[0].ndim != 2:
+        raise ValueError(f"the point must not have leading axes, got shape {point[0].shape}; use vmap")
+    direction, move = _METRICS[metric]
+    size_of = step_size if callable(step_size) else lambda _: step_size
+    value_and_gradient = jax.value_and_grad(objective, (0, 1))
+
+    def searched(point, tangent, slope, loss, start):
+        def too_long(carry):
+            trials, size, new_loss = carry
+            return (trials < MOST_TRIALS) & ~(new_loss <= loss - SUFFICIENT_DECREASE * size * slope)
+
+        def shorter(carry):
+            trials, size, _ = carry
+            size = size * SHRINKAGE
+            return trials + 1, size, objective(*move(point, _scaled(tangent, -size)))
+
+        first = (0, start, objective(*move(point, _scaled(tangent, -start))))
+        trials, size, _ = lax.while_loop(too_long, shorter, first)
+        return jnp.where(trials < MOST_TRIALS, size, 0)
+
+    def step(carry, number):
+        point, start = carry
+        loss, gradient = value_and_gradient(*point)
+        tangent = direction(point, gradient)
+        slope = sum((x * y).sum() for x, y in zip(tangent, gradient, strict=True))
+        size = jnp.asarray(start if search else size_of(number), loss.dtype)
+        if search:
+            size = searched(point, tangent, slope, loss, size)
+        moved = move(point, _scaled(tangent, -size))
+        new = jax.tree.map(lambda x, y: jnp.where(size > 0, x, y), moved, point)
+        record = loss, jnp.sqrt(jnp.maximum(slope, 0)), singular_values(point), size
+        return (new, size / SHRINKAGE if search else start), record
+
+    point = Point(*point)
+    first = jnp.asarray(size_of(jnp.zeros((), int)), point.lora_a.dtype)
+    (point, _), record = lax.scan(step, (point, first), jnp.arange(steps))
+    return Descent(point, *record)
+
+
+def _scaled(tangent, factor):
+    return Tangent(*(factor * x for x in tangent))
+
+
+def _bures_direction(point, gradient):
+    return Tangent(*gradient)
+
+
+def _scaled_direction(point, gradient):
+    (a, b), (gradient_a, gradient_b) = point, gradient
+    return Tangent(solve(matmul(b, b.T), gradient_a.T).T, solve(matmul(a.T, a), gradient_b))
+
+
+def _embedded_direction(point, gradient):
+    """The factor directions that add up to the projected gradient; what both could give, half from each."""
+    a, b = point
+    step_a, step_b = _scaled_direction(point, gradient)
+    core = solve(matmul(a.T, a), matmul(a.T, step_a))  # P_U G P_V = A core B
+    return Tangent(step_a - matmul(a, core) / 2, step_b - matmul(core, b) / 2)
+
+
+_METRICS = {
+    "bures": (_bures_direction, retraction),
+    "embedded": (_embedded_direction, lambda point, tangent: retraction(point, tangent, kind="truncated")),
+    "scaled": (
+        _scaled_direction,
+        lambda point, tangent: Point(*balanced(*(x + y for x, y in zip(point, tangent, strict=True)))),
+    ),
+}

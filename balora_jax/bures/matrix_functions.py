@@ -1,0 +1,183 @@
+"""Matrix functions whose derivatives of every order stay finite where singular values are equal.
+
+Automatic differentiation of an eigenvalue or singular value decomposition divides by differences of its values. What is
+needed of them here, the solution of linear matrix equations, orthogonal polar factors and the balanced pair of a
+product, is smooth there, and is differentiated from its defining equation instead.
+
+All functions work on the last two axes. LAPACK is called for one small matrix after the other, also under `vmap`: two
+batched calls of one program can wait for each other on XLA's CPU backend.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from balora_jax.balance import balance_pair
+from balora_jax.gauge import matmul
+
+
+def sylvester(p: jax.Array, q: jax.Array, c: jax.Array) -> jax.Array:
+    """Solves `P X + X Q = C` for symmetric P and Q whose eigenvalues have positive sums.
+
+    Args:
+        p: `(..., m, m)`.
+        q: `(..., n, n)`.
+        c: `(..., m, n)`.
+    """
+    (values_p, u), (values_q, v) = (_eigh(lax.stop_gradient(x)) for x in (p, q))
+    sums = values_p[..., :, None] + values_q[..., None, :]
+
+    def solve(_, c):
+        return matmul(matmul(u, matmul(matmul(u.mT, c), v) / sums), v.mT)
+
+    return lax.custom_linear_solve(lambda x: matmul(p, x) + matmul(x, q), c, solve, symmetric=True)
+
+
+def solve(p: jax.Array, c: jax.Array) -> jax.Array:
+    """Solves `P X = C` for symmetric positive definite P.
+
+    Args:
+        p: `(..., m, m)`.
+        c: `(..., m, n)`.
+    """
+    values, u = _eigh(lax.stop_gradient(p))
+
+    def inverse(_, c):
+        return matmul(u, matmul(u.mT, c) / values[..., :, None])
+
+    return lax.custom_linear_solve(lambda x: matmul(p, x), c, inverse, symmetric=True)
+
+
+@jax.custom_jvp
+def polar(matrix: jax.Array) -> jax.Array:
+    """The orthogonal factor O of `matrix = O H`, H symmetric positive semidefinite; smooth where H is definite.
+
+    Args:
+        matrix: `(..., r, r)`.
+    """
+    u, _, vt = _svd(matrix)
+    return matmul(u, vt)
+
+
+@polar.defjvp
+def _(primals, tangents):
+    (matrix,), (step,) = primals, tangents
+    orthogonal = polar(matrix)
+    definite = matmul(orthogonal.mT, matrix)
+    turned = matmul(orthogonal.mT, step)
+    return orthogonal, matmul(orthogonal, sylvester(definite, definite, turned - turned.mT))
+
+
+@jax.custom_jvp
+def balanced(lora_a: jax.Array, lora_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`balance(lora_a, lora_b, gauge="symmetric")` with derivatives, of pairs whose product has rank r.
+
+    Args:
+        lora_a: `(..., a, r)`.
+        lora_b: `(..., r, b)`.
+    """
+    return balance_pair(lora_a, lora_b, gauge="symmetric")[:2]
+
+
+@balanced.defjvp
+def _(primals, tangents):
+    """From `M P M = Q` with `M = T^2`."""
+    (lora_a, lora_b), (step_a, step_b) = primals, tangents
+    new_a, new_b = balanced(lora_a, lora_b)
+    # T and its inverse as functions of the factors, for derivatives of higher order
+    gram, left = matmul(lora_a.mT, lora_a), matmul(lora_b, lora_b.mT)
+    change = solve(gram, matmul(lora_a.mT, new_a))
+    inverse = solve(left, matmul(lora_b, new_b.mT)).mT
+    gram_step, left_step = (matmul(x.mT, y) for x, y in ((lora_a, step_a), (lora_b.mT, step_b.mT)))
+    gram_step, left_step = gram_step + gram_step.mT, left_step + left_step.mT
+    common = matmul(new_a.mT, new_a)
+    moved = matmul(matmul(inverse, left_step), inverse.mT) - matmul(matmul(change.mT, gram_step), change)
+    middle = matmul(matmul(change, sylvester(common, common, moved)), change.mT)
+    change_step = sylvester(change, change, middle)
+    return (new_a, new_b), (
+        matmul(step_a, change) + matmul(lora_a, change_step),
+        matmul(inverse, step_b) - matmul(matmul(inverse, change_step), new_b),
+    )
+
+
+@jax.custom_jvp
+def truncated(left: jax.Array, right: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The balanced pair `(U S^1/2, S^1/2 V^T)` of the best approximation of `left @ right` of rank r.
+
+    The pair is given up to a rotation; its derivative is the horizontal one, which serves every function of it that a
+    rotation does not change. It exists once, where the r-th singular value is above the next.
+
+    Args:
+        left: `(..., a, k)`.
+        right: `(..., k, b)`.
+        size: array of r entries, of which only the number counts.
+    """
+    return _truncated(left, right, size.shape[-1])[0]
+
+
+@truncated.defjvp
+def _(primals, tangents):
+    (left, right, size), (step_left, step_right, _) = primals, tangents
+    rank = size.shape[-1]
+    (new_a, new_b), (u, s, vt, u_rest, s_rest, vt_rest) = _truncated(left, right, rank)
+    s, s_rest, root = s[..., None, :], s_rest[..., :, None], jnp.sqrt(s)
+
+    def times(x):
+        return matmul(step_left, matmul(right, x)) + matmul(left, matmul(step_right, x))
+
+    def transposed_times(y):
+        return matmul(right.mT, matmul(step_left.mT, y)) + matmul(step_right.mT, matmul(left.mT, y))
+
+    forth, back = times(vt.mT), transposed_times(u)  # dX V, dX^T U
+    inside = matmul(u.mT, forth)
+    shared = inside / (s.mT + s)
+
+    def outside(u, forth, u_rest, back, v_rest):
+        """`(I - U U^T) dU S`, where dU are the steps of the singular vectors."""
+        forth = (forth - matmul(u, matmul(u.mT, forth))) / s
+        cross = matmul(u_rest.mT, forth) * s**2 + s_rest * s * matmul(v_rest.mT, back) / s
+        cross = cross / (s**2 - s_rest**2) - matmul(u_rest.mT, forth)
+        return forth + matmul(u_rest, cross)
+
+    v, v_rest = vt.mT, vt_rest.mT
+    step_a = matmul(u, shared) * root[..., None, :] + outside(u, forth, u_rest, back, v_rest) * root[..., None, :]
+    step_b = matmul(v, shared.mT) * root[..., None, :] + outside(v, back, v_rest, forth, u_rest) * root[..., None, :]
+    return (new_a, new_b), (step_a, step_b.mT)
+
+
+def _truncated(left, right, rank):
+    """The truncated pair, and `U S V^T` of what was kept and of the rest, within the span of the factors."""
+    if left.shape[-1] >= min(left.shape[-2], right.shape[-1]):
+        u, s, vt = _svd(matmul(left, right))
+    else:
+        (basis_a, upper_a), (basis_b, upper_b) = _qr(left), _qr(right.mT)
+        u, s, vt = _svd(matmul(upper_a, upper_b.mT))
+        u, vt = matmul(basis_a, u), matmul(vt, basis_b.mT)
+    kept, rest = (u[..., :rank], s[..., :rank], vt[..., :rank, :]), (u[..., rank:], s[..., rank:], vt[..., rank:, :])
+    root = jnp.sqrt(kept[1])
+    return (kept[0] * root[..., None, :], root[..., :, None] * kept[2]), (*kept, *rest)
+
+
+def _one_by_one(function):
+    """The function over leading axes, one matrix after the other."""
+
+    @jax.custom_batching.custom_vmap
+    def run(stack):
+        return lax.map(function, stack)
+
+    @run.def_vmap
+    def _(axis_size, in_batched, stack):
+        out = run(stack.reshape(-1, *stack.shape[2:]))
+        out = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    def over_leading(matrix):
+        out = run(matrix.reshape(-1, *matrix.shape[-2:]))
+        return jax.tree.map(lambda x: x.reshape(*matrix.shape[:-2], *x.shape[1:]), out)
+
+    return over_leading
+
+
+_eigh = _one_by_one(lambda matrix: tuple(jnp.linalg.eigh(matrix)))
+_svd = _one_by_one(lambda matrix: tuple(jnp.linalg.svd(matrix, full_matrices=False)))
+_qr = _one_by_one(lambda matrix: tuple(jnp.linalg.qr(matrix)))
