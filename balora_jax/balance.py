@@ -27,7 +27,7 @@ class Balanced(NamedTuple):
         inverse_change: `(..., r, r)`, its inverse: the new right factor is `T^-1 @ lora_b`. The identity, like
             `change`, where the pair was left. With `r > m = min(a, b)` both have rank m, and their product projects.
         untouched: `(...)` bool, the pair was left as it came: its product has numerical rank below `min(a, r, b)`, its
-            factors cancel so that balancing would cost digits of the product, or the balanced factors or the change of
+            factors cancel so far that balancing would cost digits of the product, or the balanced factors or the change of
             gauge are too large or too small for their dtype.
         nonfinite: `(...)` bool, the pair holds a NaN or an infinity; it was left as it came.
     """
@@ -73,8 +73,8 @@ def balance(
     Returns:
         The two factors in the shapes and dtypes of the inputs. A pair whose product has numerical rank below
         `min(a, r, b)` (a fresh adapter with `B = 0`, say) has no balanced form that keeps every direction trainable and
-        is returned unchanged; so is a pair with a NaN or an infinity, one whose factors cancel (`||A B||` far below
-        `||A|| ||B||`), or one whose balanced factors their dtype cannot hold. `balance_pair` tells which. With
+        is returned unchanged; so is a pair with a NaN or an infinity, one whose factors cancel beyond what
+        float64 can resolve, or one whose balanced factors their dtype cannot hold. `balance_pair` tells which. With
         `r > min(a, b)` the gauges `"svd"` and `"raw_svd"` leave `r - min(a, b)` columns of zeros, which the product
         does not need.
 
@@ -87,9 +87,11 @@ def balance(
         Costs O((a + b) r^2) per pair, almost all of it in four matrix products. Factors are read and written in float32
         or wider; half-precision ones lose about three digits of balance when the result is rounded back. On CPUs and
         GPUs a float32 pair keeps its product to about 3e-7, and its balancing gap is as small, up to condition numbers
-        of both factors of 1e6. Where one factor alone is ill-conditioned, float32 factors cannot be that close to
-        balance: the gap is then about 1e-6 at condition 1e4 and 1e-5 at 1e5. On TPUs, which lack float64, this holds up
-        to condition numbers of about 100; pairs beyond are left as they are.
+        of both factors of 1e6; where float32 cannot give this, products of these factors are computed in float64. Two
+        limits: where one factor alone is ill-conditioned, float32 factors cannot be that close to balance, the gap is
+        about 1e-6 at condition 1e4 and 1e-5 at 1e5; and where a well-conditioned product comes in factors of condition
+        1e6 the gap is about 5e-5 (4e-8 at 1e5), and a second call brings it to rounding. On TPUs, which lack float64,
+        all this holds up to condition numbers of about 100; pairs beyond are left as they are.
 
     Source: arXiv 2605.31484 (the projection onto the hyper-balanced set).
 
@@ -160,13 +162,16 @@ def balance_pairs(
     return [outcome._replace(lora_a=a, lora_b=b) for outcome, (a, b) in zip(outcomes, factors, strict=True)]
 
 
-def changed_pairs(pairs: Sequence[tuple[jax.Array, jax.Array]], *, gauge: str, route: str) -> list[Balanced]:
-    """As `balance_pairs` of checked arguments, but the rest of a factor with a NaN or infinity may change too.
+def changed_pairs(
+    pairs: Sequence[tuple[jax.Array, jax.Array]], *, gauge: str, route: str, overwrite: bool = False
+) -> list[Balanced]:
+    """As `balance_pairs` of checked arguments, but the factors of pairs that are left need not be as they came.
 
     Args:
         pairs: `(lora_a (..., a, r), lora_b (..., r, b))` each.
         gauge: as for `balance`.
         route: as for `balance`.
+        overwrite: whether the factors are temporary to the caller's program, which then needs less memory.
     """
     pairs = _without_derivative(list(pairs))
     groups: dict[tuple, list[int]] = {}
@@ -178,7 +183,7 @@ def changed_pairs(pairs: Sequence[tuple[jax.Array, jax.Array]], *, gauge: str, r
     for (_, wide, _), members in groups.items():
         lefts = [pairs[i][0].reshape(-1, *pairs[i][0].shape[-2:]).astype(wide) for i in members]
         rights = [pairs[i][1].reshape(-1, *pairs[i][1].shape[-2:]).astype(wide) for i in members]
-        new_lefts, new_rights, *over_pairs = balance_stacks(lefts, rights, gauge, route)
+        new_lefts, new_rights, *over_pairs = balance_stacks(lefts, rights, gauge, route, overwrite=overwrite)
         for i, *new in zip(members, new_lefts, new_rights, *(split(x, lefts) for x in over_pairs), strict=True):
             results[i] = _rounded(pairs[i], Balanced(*new))
     return results  # type: ignore[return-value]

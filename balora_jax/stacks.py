@@ -31,8 +31,8 @@ _TRUSTED_GROWTH = 4.0
 _TRUSTED_CONDITION = 200.0
 # Gram matrices of columns within these norms neither overflow in float32 nor lose digits to underflow.
 _SAFE_NORMS = (1e-13, 1e13)
-# A change that would cost the product more than so many roundings is not applied.
-_MOST_DAMAGE = 16.0
+# A change that costs the product more than so many roundings is applied in the wider dtype.
+_ROUGH_DAMAGE = 2.0
 
 
 def _product(left, right):
@@ -64,7 +64,7 @@ def in_place(condition, body, value):
     return lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros((), bool), body(c[1])), (condition, value))[1]
 
 
-def balance_stacks(lefts, rights, gauge: str, route: str):
+def balance_stacks(lefts, rights, gauge: str, route: str, *, overwrite: bool = False):
     """The projection of stacks of pairs of one rank and one dtype; a stack with `r > min(a, b)` comes alone.
 
     Args:
@@ -72,17 +72,18 @@ def balance_stacks(lefts, rights, gauge: str, route: str):
         rights: list of `(n_i, r, b_i)`.
         gauge: one of `GAUGES`.
         route: one of `ROUTES`.
+        overwrite: whether the factors are temporary to the caller's program, which then needs less memory.
 
     Returns:
         The factors after the projection, in two lists; then, over all N pairs, the change of gauge and its inverse
         `(N, r, r)`, and whether a pair was left for lack of rank, or for a NaN or infinity. Left pairs have the
         identity for a change; products with it spread a NaN in its factor.
     """
-    return sharded_like((lefts, rights), _compiled(gauge, route), lefts, rights, replicated=4)
+    return sharded_like((lefts, rights), _compiled(gauge, route, overwrite), lefts, rights, replicated=4)
 
 
 @cache
-def _compiled(gauge: str, route: str):
+def _compiled(gauge: str, route: str, overwrite: bool):
     """The compiled function behind `balance_stacks`.
 
     A `vmap` outside would make both branches of every condition run, and batch calls of LAPACK; so it is turned into
@@ -95,7 +96,7 @@ def _compiled(gauge: str, route: str):
         with jax.enable_x64(wide == jnp.float64):
             if lefts[0].shape[2] > min(lefts[0].shape[1], rights[0].shape[2]):
                 return _balanced_redundant(lefts[0], rights[0], gauge, wide)
-            return _balanced(lefts, rights, gauge, route, wide, lefts[0].dtype)
+            return _balanced(lefts, rights, gauge, route, wide, lefts[0].dtype, overwrite=overwrite)
 
     @run.def_vmap
     def _(axis_size, in_batched, lefts, rights):
@@ -115,10 +116,12 @@ def _compiled(gauge: str, route: str):
     return jax.jit(run)
 
 
-def _balanced(lefts, rights, gauge, route, wide, precision):
+def _balanced(lefts, rights, gauge, route, wide, precision, *, overwrite=False, last=False):
     """Balances stacks of pairs of one rank; see `balance_stacks`.
 
     The r x r work is done in the dtype `wide`; `precision` is the dtype that the factors come from and will go to.
+    Factors in float64, which have no wider dtype, take a second pass where the first began far from balance, unless
+    this is the last.
     """
     dtype = lefts[0].dtype
     gram_a = jnp.concatenate([_gram(a, 0) for a in lefts]).astype(wide)
@@ -127,15 +130,64 @@ def _balanced(lefts, rights, gauge, route, wide, precision):
     if gauge != "raw_svd":
         settled = _settled(gram_a, gram_b, gauge, float(jnp.finfo(precision).eps))
         change = chosen(settled, identity_change(gram_a), change)
-    change, deficient, nonfinite = in_place(
+    change, deficient, nonfinite, rough = in_place(
         (~trusted).any(),
         lambda outcome: _careful_change(lefts, rights, trusted, outcome[0], gauge, precision),
-        (change, jnp.zeros(trusted.shape, bool), jnp.zeros(trusted.shape, bool)),
+        (change, *(jnp.zeros(trusted.shape, bool) for _ in range(3))),
     )
+    new_lefts, new_rights = _applied(lefts, rights, change, rough, overwrite)
     forward, inverse = change.forward.astype(dtype), change.inverse.astype(dtype)
-    new_lefts = [_product(a, t) for a, t in zip(lefts, split(forward, lefts), strict=True)]
-    new_rights = [_product(t, b) for b, t in zip(rights, split(inverse, rights), strict=True)]
+    if dtype == jnp.float64 and not last:
+
+        def refined(outcome):
+            lefts, rights, forward, inverse = outcome
+            lefts, rights, forth, back, _, _ = _balanced(lefts, rights, gauge, "exact", wide, precision, last=True)
+            return lefts, rights, matmul(forward, forth), matmul(back, inverse)
+
+        far = ~(trusted | deficient | nonfinite)
+        outcome = new_lefts, new_rights, forward, inverse
+        new_lefts, new_rights, forward, inverse = in_place(far.any(), refined, outcome)
     return new_lefts, new_rights, forward, inverse, deficient, nonfinite
+
+
+def _applied(lefts, rights, change, rough, overwrite):
+    """`A T` and `T^-1 B`; in the dtype of the change for the stacks that have a rough pair."""
+    dtype, wide = lefts[0].dtype, change.forward.dtype
+    forths, backs, roughs = (split(x, lefts) for x in (change.forward, change.inverse, rough))
+
+    def with_rough(targets, lefts, rights):
+        each = zip(roughs, *targets, lefts, rights, forths, backs, strict=True)
+        new = [lax.cond(part.any(), _wide_products, lambda *x: x[:2], *operands) for part, *operands in each]
+        return [left for left, _ in new], [right for _, right in new]
+
+    narrow = [[x.astype(dtype) for x in side] for side in (forths, backs)]
+    if dtype != wide and overwrite:  # the factors become the targets, to which the identity is left to apply
+        lefts, rights = in_place(rough.any(), lambda factors: with_rough(factors, *factors), (lefts, rights))
+        identity = jnp.eye(lefts[0].shape[-1], dtype=dtype)[None]
+        narrow = [[jnp.where(p.any(), identity, t) for p, t in zip(roughs, side, strict=True)] for side in narrow]
+    new_lefts = [_product(a, t) for a, t in zip(lefts, narrow[0], strict=True)]
+    new_rights = [_product(t, b) for b, t in zip(rights, narrow[1], strict=True)]
+    if dtype != wide and not overwrite:
+        return in_place(rough.any(), lambda new: with_rough(new, lefts, rights), (new_lefts, new_rights))
+    return new_lefts, new_rights
+
+
+def _wide_products(target_a, target_b, left, right, forward, inverse):
+    """`A T` and `T^-1 B` in the dtype of T, written over the targets some columns at a time, to spare memory."""
+    rank, wide = forward.shape[-1], forward.dtype
+    width = -(-rank // 4)
+    left, right = left.astype(wide), right.astype(wide)
+
+    def part(i, targets):
+        target_a, target_b = targets
+        columns, rows = (lax.dynamic_slice_in_dim(x, i * width, width, n) for x, n in ((forward, 2), (inverse, 1)))
+        new_a, new_b = _product(left, columns).astype(target_a.dtype), _product(rows, right).astype(target_b.dtype)
+        return (
+            lax.dynamic_update_slice_in_dim(target_a, new_a, i * width, 2),
+            lax.dynamic_update_slice_in_dim(target_b, new_b, i * width, 1),
+        )
+
+    return lax.fori_loop(0, -(-rank // width), part, (target_a, target_b))
 
 
 def _trusted_change(gram_a, gram_b, gauge, route, dtype):
@@ -193,7 +245,8 @@ def _careful_change(lefts, rights, trusted, change, gauge, precision):
     precision.
 
     Returns:
-        The change, the identity where a pair is left; which pairs lack rank, and which hold a NaN or infinity.
+        The change, the identity where a pair is left; which pairs lack rank, which hold a NaN or infinity, and for
+        which ones the change should be applied in wider precision.
     """
     wide = change.forward.dtype
     eps, tiny = float(jnp.finfo(precision).eps), float(jnp.finfo(precision).tiny)
@@ -224,10 +277,18 @@ def _careful_change(lefts, rights, trusted, change, gauge, precision):
         ]
     )
     held = ((extent > tiny / eps) & (extent < eps / tiny)).all(0)
-    found = careful.found & (condition < 1 / (4 * eps)) & (damage < _MOST_DAMAGE) & held
+    found = careful.found & (condition < 1 / (4 * eps)) & (damage < _most_damage(precision, wide)) & held
     careful = turned(careful, rotation(careful, gram_a, gram_b, gauge))
     careful = chosen(found, careful, identity_change(gram_a))
-    return chosen(trusted, change, careful), ~(trusted | found | nonfinite), nonfinite
+    rough = ~trusted & found & (damage > _ROUGH_DAMAGE)
+    return chosen(trusted, change, careful), ~(trusted | found | nonfinite), nonfinite, rough
+
+
+def _most_damage(precision, wide):
+    """Pairs whose product a change would cost more than so many roundings of the wider dtype are left."""
+    if jnp.finfo(precision).eps > jnp.finfo(wide).eps:
+        return 1e8
+    return 1e6 if wide == jnp.float64 else 16.0
 
 
 def _errors(change, gram_a, gram_b):

@@ -199,7 +199,8 @@ def _projection(gauge, route, every, start_step, pairs, transport):
         moved = [tuple(map(_add_wide, factors, step)) for factors, step in zip(old, steps, strict=True)]
         new_steps, changes = [], []
         untouched, nonfinite = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        for factors, step, new in zip(old, steps, changed_pairs(moved, gauge=gauge, route=route), strict=True):
+        outcomes = changed_pairs(moved, gauge=gauge, route=route, overwrite=True)
+        for factors, step, new in zip(old, steps, outcomes, strict=True):
             lost = _rounded_away(new, *(factor.dtype for factor in factors))
             left = (new.untouched | new.nonfinite | lost)[:, None, None]
             news = zip(step, (new.lora_a, new.lora_b), factors, strict=True)

@@ -141,15 +141,47 @@ def test_a_product_that_spans_twelve_decades(turn):
     np.testing.assert_allclose(found, expected, rtol=0.1 if turn else 1e-4)
 
 
-def test_factors_that_cancel_keep_their_product():
-    """Where `||A B||` is far below `||A|| ||B||`, float32 factors cannot be balanced without losing the product."""
+def refactored(condition, rank, seed=0):
+    """A well-conditioned product in the factors `(A M, M^-1 B)` with an M of this condition number."""
+    rng = np.random.default_rng(seed)
+    left, right = (np.linalg.qr(rng.standard_normal((rank, rank)))[0] for _ in range(2))
+    mix = left * np.geomspace(1, 1 / condition, rank) @ right
+    a, b = hyper_balanced(160, 200, np.geomspace(1, 0.1, rank), seed=seed)
+    return a @ mix, np.linalg.solve(mix, b)
+
+
+@pytest.mark.parametrize("gauge", ["svd", "nearest", "symmetric"])
+@pytest.mark.parametrize("rank", [8, 48])
+@pytest.mark.parametrize("condition", [1e1, 1e2, 1e3, 1e4, 1e5, 1e6])
+def test_ill_conditioned_refactorisations(condition, rank, gauge):
+    """`||A B||` far below `||A|| ||B||`: applied in float32, the change of gauge would lose the product."""
+    pair = tuple(np.float32(x) for x in refactored(condition, rank))
+    outcome = balance_pair(*pair, gauge=gauge)
+    assert not outcome.untouched
+    assert product_error(pair, outcome[:2]) < 5e-7
+    assert gap(*outcome[:2]) < (3e-7 if condition < 1e6 else 1e-4)
+    with jax.enable_x64(True):
+        pair = refactored(condition, rank)
+        wide = balance_pair(*pair, gauge=gauge)
+        assert wide.lora_a.dtype == np.float64
+        assert not wide.untouched
+        assert product_error(pair, wide[:2]) < 1e-15 * (10 + condition)
+        assert gap(*wide[:2]) < 1e-14
+        np.testing.assert_allclose(pair[0] @ wide.change, wide.lora_a, atol=1e-15 * condition + 1e-13)
+
+
+def test_factors_that_cancel_beyond_float64_are_left():
     rng = np.random.default_rng(0)
     u, v, w = (np.linalg.qr(rng.standard_normal((n, 8)))[0] for n in (60, 70, 8))
     values = np.geomspace(1, 1e-6, 8)
-    pair = np.float32(u * values @ w), np.float32(w.T @ (v * values[::-1]).T)
-    outcome = balance_pair(*pair)
-    assert product_error(pair, outcome[:2]) < 3e-6
-    assert outcome.untouched
+    pair = u * values @ w, w.T @ (v * values[::-1]).T
+    outcome = balance_pair(*map(np.float32, pair))
+    assert product_error([np.float32(x) for x in pair], outcome[:2]) < 5e-7
+    with jax.enable_x64(True):
+        pair = u * values**1.4 @ w, w.T @ (v * values[::-1] ** 1.4).T
+        outcome = balance_pair(*pair)
+        assert outcome.untouched
+        assert product_error(pair, outcome[:2]) == 0
 
 
 @pytest.mark.parametrize("shape", [(8, 12, 16), (16, 12, 8), (9, 12, 9), (1, 3, 5)])
@@ -305,7 +337,7 @@ def params_for(rank, dtype=jnp.float32):
 def test_lowers_for_accelerators_at_full_precision(platform, monkeypatch):
     """No product of the program may fall to TF32 or bfloat16 passes, and none has the size of the full weight."""
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    monkeypatch.setattr(stacks, "_projection", stacks._projection.__wrapped__)
+    monkeypatch.setattr(stacks, "_compiled", stacks._compiled.__wrapped__)
     tx, params = balora(optax.adam(1e-3)), params_for(8)
     traced = jax.jit(tx.update).trace(params, jax.eval_shape(tx.init, params), params)
     text = traced.lower(lowering_platforms=(platform,)).as_text()

@@ -1,0 +1,268 @@
+"""Condition numbers of LoRA factors: closed forms for matrix factorisation, and measurements for any loss.
+
+The factorisation loss is `f(A, B) = 1/2 ||A B - Z||_F^2`. At a minimiser its Hessian has r^2 zero eigenvalues, because
+`(A R, R^-1 B)` is the same product; the condition number is the ratio of the extreme other ones. Of all minimisers the
+balanced ones have the smallest (arXiv 2605.31484). For other losses `extreme_eigenvalues` measures the ratio through
+products with the Hessian, without those directions.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jax.typing import ArrayLike
+
+from balora_jax import bures
+from balora_jax.pairs import Pairs, find_pairs, read_pairs, write_pairs
+
+
+def factorization_eigenvalues(lora_a: ArrayLike, lora_b: ArrayLike, rest: ArrayLike | tuple[()] = ()) -> np.ndarray:
+    """The eigenvalues of the Hessian of `1/2 ||A B - Z||^2` at a minimiser, less the r^2 zeros of the orbit.
+
+    With `P = A^T A` and `Q = B B^T` they are `sigma_i(A)^2 + sigma_j(B)^2` for i, j up to r; for every singular value
+    `tau_k` of Z beyond r the 2r eigenvalues of `[[Q, -tau_k I], [-tau_k I, P]]`, which are `sigma_i(Z) +- tau_k` if the
+    pair is balanced; and those of Q and P once more for each row and column of Z that is left.
+
+    Args:
+        lora_a: `(..., a, r)`.
+        lora_b: `(..., r, b)`; `A B` is the best approximation of rank r of Z.
+        rest: `(..., k)`, the singular values of Z beyond the r-th, those that are 0 left out or not; none if Z has
+            rank r.
+
+    Returns:
+        `(..., r (a + b - r))`, descending, in float64 on the host.
+
+    Raises:
+        ValueError: the shapes do not form a pair, or there are more singular values than Z can have.
+
+    Notes:
+        O((a + b) r^2). Small eigenvalues keep their relative precision if there is no `rest`.
+
+    Source: arXiv 2605.31484 for rank r and for balanced pairs; the blocks for any pair follow from the second
+    derivative `||dA B + A dB||^2 + 2 <A B - Z, dA dB>`.
+
+    >>> factorization_eigenvalues([[2.0], [0.0]], [[1.0, 0.0, 0.0]])
+    array([5., 4., 4., 1.])
+    """
+    a, b, rest = (np.asarray(x, float) for x in (lora_a, lora_b, rest))
+    if a.ndim < 2 or b.ndim < 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
+        raise ValueError(f"lora_a must be (..., a, r) and lora_b (..., r, b), got shapes {a.shape} and {b.shape}")
+    leading, rank = a.shape[:-2], a.shape[-1]
+    rows, columns = a.shape[-2] - rank, b.shape[-1] - rank
+    if min(rows, columns) < 0:
+        raise ValueError(f"r must be at most min(a, b), got shapes {a.shape} and {b.shape}")
+    count = rest.shape[-1]
+    if count > min(rows, columns):
+        raise ValueError(f"rest must hold at most min(a, b) - r = {min(rows, columns)} singular values, got {count}")
+    rest = np.broadcast_to(rest, (*leading, count))
+    square_a, square_b = (np.linalg.svd(x, compute_uv=False) ** 2 for x in (a, b))
+    inside = (square_a[..., :, None] + square_b[..., None, :]).reshape(*leading, -1)
+    parts = [inside, np.repeat(square_b, rows - count, axis=-1), np.repeat(square_a, columns - count, axis=-1)]
+    if count:
+        identity, tau = np.eye(rank), rest[..., :, None, None]
+        p, q = (np.broadcast_to(x[..., None, :, :], (*leading, count, rank, rank)) for x in (a.mT @ a, b @ b.mT))
+        block = np.concatenate([np.concatenate([q, -tau * identity], -1), np.concatenate([-tau * identity, p], -1)], -2)
+        parts.append(np.linalg.eigvalsh(block).reshape(*leading, -1))
+    return -np.sort(-np.concatenate(parts, -1), axis=-1)
+
+
+def factorization_condition_number(
+    lora_a: ArrayLike, lora_b: ArrayLike, rest: ArrayLike | tuple[()] = ()
+) -> np.ndarray:
+    """The ratio of the extreme `factorization_eigenvalues`, `(...)`; infinite where the least is not positive.
+
+    For Z of rank `r < a, b` it is `(sigma_1(A)^2 + sigma_1(B)^2) / min(sigma_r(A), sigma_r(B))^2`.
+
+    Args:
+        lora_a: as for `factorization_eigenvalues`.
+        lora_b: as for `factorization_eigenvalues`.
+        rest: as for `factorization_eigenvalues`.
+    """
+    values = factorization_eigenvalues(lora_a, lora_b, rest)
+    least = values[..., -1]
+    return np.where(least > 0, values[..., 0] / np.where(least > 0, least, 1), np.inf)
+
+
+def least_condition_number(singular_values: ArrayLike, rank: int) -> np.ndarray:
+    """The least condition number over all pairs of the best product, `2 sigma_1 / (sigma_r - sigma_{r+1})`.
+
+    Balanced pairs have it, and only they can. Needs `r < min(a, b)`; with one side of length r the least eigenvalue
+    may be larger.
+
+    Args:
+        singular_values: `(..., k)`, k at least r, descending, of Z; those beyond are taken for 0.
+        rank: r.
+
+    Raises:
+        ValueError: the rank is out of range, or the values do not descend.
+
+    Source: arXiv 2605.31484.
+    """
+    values = np.asarray(singular_values, float)
+    if not 1 <= rank <= values.shape[-1]:
+        raise ValueError(f"rank must be from 1 to the number of singular values, {values.shape[-1]}, got {rank}")
+    if np.any(np.diff(values, axis=-1) > 0) or np.any(values < 0):
+        raise ValueError("singular_values must descend and not be negative")
+    following = values[..., rank] if rank < values.shape[-1] else 0.0
+    gap = values[..., rank - 1] - following
+    return np.where(gap > 0, 2 * values[..., 0] / np.where(gap > 0, gap, 1), np.inf)
+
+
+def optimal_step(largest: ArrayLike, smallest: ArrayLike) -> np.ndarray:
+    """The step size of gradient descent with the best rate near a minimiser, `2 / (largest + smallest)`.
+
+    Args:
+        largest: eigenvalue of the Hessian.
+        smallest: nonzero eigenvalue of the Hessian.
+    """
+    return 2 / (np.asarray(largest, float) + np.asarray(smallest, float))
+
+
+def predicted_rate(condition_number: ArrayLike) -> np.ndarray:
+    """By what a step of gradient descent of the optimal size multiplies the error, `(kappa - 1) / (kappa + 1)`.
+
+    Args:
+        condition_number: kappa, at least 1; infinity gives 1.
+    """
+    return 1 - 2 / (np.asarray(condition_number, float) + 1)
+
+
+def hessian_product(loss: Callable[[Any], jax.Array], params: Any) -> Callable[[Any], Any]:
+    """The function `v -> H v` for the Hessian of a loss at some parameters.
+
+    Args:
+        loss: `params -> ()`, twice differentiable.
+        params: any tree of arrays.
+    """
+    return lambda vector: jax.jvp(jax.grad(loss), (params,), (vector,))[1]
+
+
+def gauss_newton_product(
+    outputs: Callable[[Any], Any], loss: Callable[[Any], jax.Array], params: Any
+) -> Callable[[Any], Any]:
+    """The function `v -> J^T H J v` for the Gauss-Newton matrix: J of the outputs, H the Hessian of their loss.
+
+    For a convex loss (cross-entropy of logits) it is positive semidefinite, and it is zero along the orbit at any
+    parameters, where the Hessian is so at stationary ones alone.
+
+    Args:
+        outputs: `params -> outputs`, the logits, say.
+        loss: `outputs -> ()`.
+        params: any tree of arrays.
+    """
+
+    def product(vector):
+        value, pushed = jax.jvp(outputs, (params,), (vector,))
+        curved = jax.jvp(jax.grad(loss), (value,), (pushed,))[1]
+        return jax.vjp(outputs, params)[1](curved)[0]
+
+    return product
+
+
+class Extremes(NamedTuple):
+    """What Lanczos' method found.
+
+    Attributes:
+        largest: `()`, the largest eigenvalue found, of the operator without the directions of the orbits.
+        smallest: `()`, the smallest.
+        residuals: `(2,)`, the norms `||H v - lambda v||` of the two.
+        ritz_values: `(iterations,)`, the eigenvalues of the tridiagonal matrix, ascending; NaN beyond the invariant
+            subspace, where the iteration ends early.
+        weights: `(iterations,)`, of the Ritz values in the spectral density that the start vector sees; they sum to 1.
+    """
+
+    largest: jax.Array
+    smallest: jax.Array
+    residuals: jax.Array
+    ritz_values: jax.Array
+    weights: jax.Array
+
+    @property
+    def condition_number(self) -> jax.Array:
+        """`largest / smallest`; infinite where the smallest is not positive."""
+        return jnp.where(self.smallest > 0, self.largest / jnp.where(self.smallest > 0, self.smallest, 1), jnp.inf)
+
+
+def extreme_eigenvalues(
+    product: Callable[[Any], Any],
+    params: Any,
+    *,
+    key: jax.Array,
+    iterations: int = 64,
+    pairs: Pairs | None = None,
+    deflate: bool = True,
+) -> Extremes:
+    """The extreme eigenvalues of a symmetric operator on LoRA factors, less the zeros that their orbits make.
+
+    Lanczos' method with full reorthogonalisation, on the complement of the directions `(A M, -M B)` of every pair,
+    r^2 of them, which do not change the product. Extreme eigenvalues come first; the smallest of an ill-conditioned
+    operator takes many iterations, and `residuals` tells how far it is from one.
+
+    Args:
+        product: `v -> H v` on trees like `params`, from `hessian_product` or `gauss_newton_product`, say.
+        params: a tree with LoRA pairs; other leaves take part whole.
+        key: of the random start vector.
+        iterations: number of products; at most the dimension of the space is used.
+        pairs: which leaves are pairs, as for `find_pairs`.
+        deflate: whether to leave out the directions of the orbits.
+
+    Returns:
+        `Extremes`.
+
+    Raises:
+        ValueError: there are no pairs, or `iterations` is not positive.
+    """
+    from matfree.decomp import tridiag_sym
+
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    found = find_pairs(params, pairs)
+    factors = read_pairs(params, found)
+    flat, unravel = ravel_pytree(params)
+    orbit = sum(a.shape[0] * a.shape[2] ** 2 for a, _ in factors) if deflate else 0
+    depth = min(iterations, flat.size - orbit)
+
+    def free(tree):
+        if not deflate:
+            return tree
+        steps = read_pairs(tree, found)
+        new = [
+            bures.projection(bures.Point(*pair), bures.Tangent(*step))
+            for pair, step in zip(factors, steps, strict=True)
+        ]
+        return write_pairs(tree, found, new)
+
+    def matvec(vector):
+        return ravel_pytree(free(product(free(unravel(vector)))))[0]
+
+    start = ravel_pytree(free(unravel(jax.random.normal(key, flat.shape, flat.dtype))))[0]
+    decomposition = tridiag_sym(depth, materialize=False, custom_vjp=False)(matvec, start)
+    diagonal, beside = decomposition.J_small
+    last = jnp.linalg.norm(decomposition.residual)
+    # an invariant subspace was found where a vector beside the diagonal vanishes; what follows is made of rounding
+    size = jnp.abs(diagonal).max() + jnp.abs(beside).max(initial=0)
+    ended = jnp.cumsum(jnp.abs(beside) <= 16 * jnp.finfo(flat.dtype).eps * size) > 0
+    alive = jnp.concatenate([jnp.ones(1, bool), ~ended])
+    tridiagonal = jnp.diag(jnp.where(alive, diagonal, 4 * size))
+    beside = jnp.where(ended, 0, beside)
+    tridiagonal = tridiagonal + jnp.diag(beside, 1) + jnp.diag(beside, -1)
+    values, vectors = jnp.linalg.eigh(tridiagonal)
+    return _extremes(values, vectors, alive, last)
+
+
+def _extremes(values, vectors, alive, last):
+    """The outcome from the eigenvalues of the tridiagonal matrix, those of its dead part behind the others."""
+    depth, count = values.shape[0], alive.sum()
+    inside = jnp.arange(depth) < count
+    end = jnp.where(count == depth, last, 0)
+    residuals = jnp.abs(vectors[-1]) * end
+    return Extremes(
+        largest=values[count - 1],
+        smallest=values[0],
+        residuals=jnp.stack([residuals[count - 1], residuals[0]]),
+        ritz_values=jnp.where(inside, values, jnp.nan),
+        weights=jnp.where(inside, vectors[0] ** 2, 0),
+    )
