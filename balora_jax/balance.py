@@ -27,8 +27,8 @@ class Balanced(NamedTuple):
         inverse_change: `(..., r, r)`, its inverse: the new right factor is `T^-1 @ lora_b`. The identity, like
             `change`, where the pair was left. With `r > m = min(a, b)` both have rank m, and their product projects.
         untouched: `(...)` bool, the pair was left as it came: its product has numerical rank below `min(a, r, b)`, its
-            factors cancel so far that balancing would cost digits of the product, or the balanced factors or the change of
-            gauge are too large or too small for their dtype.
+            factors cancel so far that balancing would cost digits of the product, or the balanced factors or the change
+            of gauge are too large or too small for their dtype.
         nonfinite: `(...)` bool, the pair holds a NaN or an infinity; it was left as it came.
     """
 

@@ -99,7 +99,7 @@ class Trainer:
         self._name, self._members, self._program = name, members, program
         self._directory, self._console = directory, console
         self._config = next(iter(members.values()))
-        self._train_arrays, self._examples, dropped = _data(self._config.data)
+        self._train_arrays, self._examples, dropped = load_data(self._config.data)
         if dropped:
             console.print(f"{name}: left out {dropped} examples of more than {self._config.data.length} tokens")
         seeds = sorted({member.seed for member in members.values()})
@@ -254,7 +254,7 @@ def _base_model(settings: ModelSettings) -> Decoder:
 
 
 @cache
-def _data(settings: DataSettings) -> tuple[Arrays, EvaluationSet, int]:
+def load_data(settings: DataSettings) -> tuple[Arrays, EvaluationSet, int]:
     """Training rows, evaluation examples, and how many examples were too long."""
     try:
         splits = recipes.load(settings)
@@ -277,7 +277,7 @@ def _program(name: str, members: Mapping[str, Config]) -> Program:
         program = Program(config, _base_model(config.model))
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError(f"{name}: {error}") from error
-    _data(config.data)
+    load_data(config.data)
     return program
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from balora_jax.models.weights import load_decoder
 from balora_jax.training.evaluation import accuracies, evaluate_loss, generate_answers, generate_greedily
-from balora_jax.training.run import _data
+from balora_jax.training.run import load_data
 from balora_jax.training.step import Program, token_losses
 
 
@@ -22,7 +22,7 @@ def population(config):
     state = program.initial_state(configs)
     noise = [jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(jax.tree.leaves(state.adapters))]
     adapters = jax.tree.unflatten(jax.tree.structure(state.adapters), [0.3 * x for x in noise])
-    return program, state._replace(adapters=adapters), _data(config.data)[1]
+    return program, state._replace(adapters=adapters), load_data(config.data)[1]
 
 
 def member(population, index):

@@ -15,13 +15,13 @@ from balora_jax.adapters import add_adapters, iter_adapters
 from balora_jax.models.weights import load_decoder
 from balora_jax.pairs import read_pairs
 from balora_jax.training.config import NUMERIC_FIELDS, Config, get_field, with_field
-from balora_jax.training.run import _data
+from balora_jax.training.run import load_data
 from balora_jax.training.step import Program, named_key, token_losses
 
 
 def batch_of(config, rows, micro=1):
     """The first rows of the training data, `(accumulate, rows, length)`."""
-    arrays, _, _ = _data(config.data)
+    arrays, _, _ = load_data(config.data)
     return {k: jnp.asarray(v[: rows * micro]).reshape(micro, rows, -1) for k, v in arrays.items()}
 
 

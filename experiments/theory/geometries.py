@@ -1,0 +1,129 @@
+"""Three metrics on the matrices of rank r: `python experiments/theory/geometries.py` (NN min on two CPU cores).
+
+Riemannian gradient descent with Armijo's rule under the Bures, the embedded and the scaled metric, for
+
+* factorisation: `1/2 ||X - Z||^2`;
+* sensing: `1/2 ||y - M(X)||^2` for m = 4 r (a + b - r) Gaussian measurements of entries N(0, 1 / m);
+* completion: `1 / (2 p) ||P(X - Z)||^2` on a random share p = 0.5 of the entries.
+
+Z is 30 x 25 of rank 3 with singular values from the condition number to 1. All start from the same point, the best
+approximation of rank 3 of the first gradient at 0, as is usual for these problems (spectral start). Iterations and
+seconds until `||X - Z|| <= 1e-10 ||Z||`, of at most 20,000; medians over 5 seeds.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from recording import write
+
+from balora_jax import bures
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+SHAPE, RANK, SEEDS, MOST, CHUNK = (30, 25), 3, 5, 20_000, 200
+CONDITIONS = (1.0, 10.0, 100.0, 1e3, 1e4)
+METRICS = ("bures", "embedded", "scaled")
+
+
+def problem(kind, condition, seed):
+    """The target, the loss of factors, and the spectral start."""
+    rng = np.random.default_rng(seed)
+    u, v = (np.linalg.qr(rng.standard_normal((n, RANK)))[0] for n in SHAPE)
+    target = jnp.asarray(u * np.geomspace(condition, 1, RANK) @ v.T)
+    if kind == "sensing":
+        count = 4 * RANK * (sum(SHAPE) - RANK)
+        sensors = jnp.asarray(rng.standard_normal((count, *SHAPE)) / np.sqrt(count))
+
+        def measure(x):
+            return jnp.einsum("kij,ij->k", sensors, x)
+    elif kind == "completion":
+        mask = jnp.asarray((rng.random(SHAPE) < 0.5) / np.sqrt(0.5))
+
+        def measure(x):
+            return mask * x
+    else:
+
+        def measure(x):
+            return x
+
+    data = measure(target)
+
+    def loss(a, b):
+        return 0.5 * jnp.sum((measure(a @ b) - data) ** 2)
+
+    start = jax.vjp(measure, target)[1](data)[0]
+    if kind == "factorisation":  # whose spectral start is the solution
+        start = start + 0.1 * jnp.asarray(rng.standard_normal(SHAPE)) / np.sqrt(max(SHAPE))
+    return target, loss, bures.from_matrix(start, RANK)
+
+
+def solve(kind, condition, seed, metric):
+    """Iterations, and seconds without compilation, until the target is reached; None if it is not."""
+    target, loss, point = problem(kind, condition, seed)
+
+    @jax.jit
+    def some(point, size):
+        """Some iterations, each with the distance from the target before it."""
+
+        def one(carry, _):
+            point, size = carry
+            error = jnp.linalg.norm(point.lora_a @ point.lora_b - target) / jnp.linalg.norm(target)
+            descent = bures.riemannian_gradient_descent(
+                loss, point, steps=1, step_size=size, search=True, metric=metric
+            )
+            return (descent.point, 2 * descent.step_sizes[0]), error
+
+        return jax.lax.scan(one, (point, size), length=CHUNK)
+
+    size = jnp.asarray(1.0)
+    jax.block_until_ready(some(point, size))
+    start, done = time.perf_counter(), 0
+    while done < MOST:
+        (point, size), errors = jax.block_until_ready(some(point, size))
+        reached = np.flatnonzero(np.asarray(errors) <= 1e-10)
+        if reached.size:
+            seconds = time.perf_counter() - start
+            return done + int(reached[0]), seconds * (done + reached[0]) / (done + CHUNK), float(errors[reached[0]])
+        done += CHUNK
+        if float(size) == 0:  # no step decreases the loss any more
+            break
+    return None, None, float(errors[-1])
+
+
+def main() -> None:
+    """Runs, draws and records."""
+    rows = []
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
+    for axis, kind in zip(axes, ("factorisation", "sensing", "completion"), strict=True):
+        for metric in METRICS:
+            medians = []
+            for condition in CONDITIONS:
+                runs = [solve(kind, condition, seed, metric) for seed in range(SEEDS)]
+                reached = [run for run in runs if run[0] is not None]
+                row = {
+                    "problem": kind,
+                    "metric": metric,
+                    "condition": condition,
+                    "iterations": float(np.median([run[0] for run in reached])) if reached else None,
+                    "seconds": float(np.median([run[1] for run in reached])) if reached else None,
+                    "reached": len(reached),
+                    "n": SEEDS,
+                    "worst_error": max(run[2] for run in runs),
+                }
+                rows.append(row)
+                medians.append(row["iterations"] or np.nan)
+                print(row, flush=True)
+            axis.loglog(CONDITIONS, medians, "o-", label=metric)
+        axis.set(title=kind, xlabel="condition number of Z")
+    axes[0].set_ylabel("iterations to 1e-10")
+    axes[0].legend()
+    write("geometries", {"rows": rows}, figure)
+
+
+if __name__ == "__main__":
+    with jax.enable_x64(True):
+        main()
