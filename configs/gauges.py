@@ -1,7 +1,7 @@
 """Which balanced pair, and are Adam's moments carried along? Gauge x transport x rank against LoRA.
 
 Command:   balora-jax run configs/gauges.py
-Time:      about an hour on two CPU cores
+Time:      about an hour and a half on two CPU cores
 Model:     school-math, as in quickstart.py
 Data:      the five modules of quickstart.py
 Expected:  experiments/gauges has the recorded outcome and what follows from it.
@@ -35,7 +35,7 @@ config = Config(
     ),
 )
 
-runs = {"optimizer.learning_rate": (3e-3, 1e-2, 3e-2), "seed": (0, 1, 2, 3, 4)}
+runs = {"optimizer.learning_rate": (1e-3, 3e-3, 1e-2, 3e-2), "seed": (0, 1, 2, 3, 4)}
 balanced = {"method": ("balora",), "balance.gauge": ("svd", "nearest", "symmetric"), "balance.transport": (False, True)}
 raw = {"method": ("balora",), "balance.gauge": ("raw_svd",), "balance.transport": (False,)}
 

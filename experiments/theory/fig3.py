@@ -141,7 +141,7 @@ def main() -> None:
                     "   paper's settings",
                     {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in paper_rows[-1].items()},
                 )
-        axis.set(title=f"{optimizer}, {layers} layer{'s' * (layers > 1)}", ylim=(1e-13 if layers == 1 else 1e-4, None))
+        axis.set(title=f"{optimizer}, {layers} layer{'s' * (layers > 1)}", ylim=(1e-6 if layers == 1 else 1, None))
         axis.legend(fontsize=7)
     axes[1][1].set_xlabel("iteration")
     axes[0][0].set_ylabel("loss less the optimum")

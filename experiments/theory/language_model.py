@@ -1,10 +1,10 @@
 """Condition numbers along fine-tuning: `python experiments/theory/language_model.py` (NN min on two CPU cores).
 
 The closed forms are for one matrix and a quadratic loss; several adapted layers and cross-entropy are an open question
-of arXiv 2605.31484. LoRA and BaLoRA (rank 8, AdamW, 150 steps, 3 seeds) fine-tune the shipped model as configs/gauges.py does.
-At the start, in the middle and at the end, and for LoRA's end point once more after balancing, which does not
-change the model, Lanczos' method (float32) measures the Gauss-Newton matrix and the Hessian of the mean loss of 32
-held-out examples over all factors, without the r^2 directions of each pair that do not change the product.
+of arXiv 2605.31484. LoRA and BaLoRA (rank 8, AdamW, 150 steps, 3 seeds) fine-tune the shipped model on the data of
+configs/gauges.py. At the start, in the middle and at the end, and for LoRA's end point once more after balancing, which
+does not change the model, Lanczos' method (float32) measures the Gauss-Newton matrix and the Hessian of the mean loss
+of 32 held-out examples over all factors, without the r^2 directions of each pair that do not change the product.
 
 `largest` and `smallest` are the extreme eigenvalues found, `mean` is the trace over the dimension as the random start
 vector sees it. There are more parameters than the examples determine, so that the smallest eigenvalue of the
