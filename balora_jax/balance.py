@@ -30,6 +30,9 @@ class Balanced(NamedTuple):
             factors cancel so far that balancing would cost digits of the product, or the balanced factors or the change
             of gauge are too large or too small for their dtype.
         nonfinite: `(...)` bool, the pair holds a NaN or an infinity; it was left as it came.
+        cancellation: `(...)` float32, by how many roundings of the old factors the product would move if the new ones
+            were written as sums with them, `A + (A' - A)`, as optax does. About 1 near balance; without meaning where
+            the pair was left.
     """
 
     lora_a: jax.Array
@@ -38,6 +41,7 @@ class Balanced(NamedTuple):
     inverse_change: jax.Array
     untouched: jax.Array
     nonfinite: jax.Array
+    cancellation: jax.Array
 
 
 def balance(
@@ -286,4 +290,5 @@ def _rounded(pair, balanced):
         inverse.reshape(*leading, *inverse.shape[1:]),
         untouched.reshape(leading),
         balanced.nonfinite.reshape(leading),
+        balanced.cancellation.reshape(leading),
     )

@@ -1,9 +1,9 @@
 """Condition numbers of LoRA factors: closed forms for matrix factorisation, and measurements for any loss.
 
 The factorisation loss is `f(A, B) = 1/2 ||A B - Z||_F^2`. At a minimiser its Hessian has r^2 zero eigenvalues, because
-`(A R, R^-1 B)` is the same product; the condition number is the ratio of the extreme other ones. Of all minimisers the
-balanced ones have the smallest (arXiv 2605.31484). For other losses `extreme_eigenvalues` measures the ratio through
-products with the Hessian, without those directions.
+`(A R, R^-1 B)` is the same product; the condition number is the ratio of the extreme other ones. For `r < min(a, b)` no
+minimiser has a smaller one than the balanced ones (arXiv 2605.31484). For other losses `extreme_eigenvalues` measures
+the ratio through products with the Hessian, without those directions.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def factorization_eigenvalues(lora_a: ArrayLike, lora_b: ArrayLike, rest: ArrayL
     >>> factorization_eigenvalues([[2.0], [0.0]], [[1.0, 0.0, 0.0]])
     array([5., 4., 4., 1.])
     """
-    a, b, rest = (np.asarray(x, float) for x in (lora_a, lora_b, rest))
+    a, b, rest = np.asarray(lora_a, float), np.asarray(lora_b, float), np.atleast_1d(np.asarray(rest, float))
     if a.ndim < 2 or b.ndim < 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
         raise ValueError(f"lora_a must be (..., a, r) and lora_b (..., r, b), got shapes {a.shape} and {b.shape}")
     leading, rank = a.shape[:-2], a.shape[-1]
@@ -57,6 +57,10 @@ def factorization_eigenvalues(lora_a: ArrayLike, lora_b: ArrayLike, rest: ArrayL
     count = rest.shape[-1]
     if count > min(rows, columns):
         raise ValueError(f"rest must hold at most min(a, b) - r = {min(rows, columns)} singular values, got {count}")
+    if rest.shape[:-1] not in ((), leading):
+        raise ValueError(f"rest must have the leading axes {leading} of the pair or none, got shape {rest.shape}")
+    if np.any(rest < 0):
+        raise ValueError(f"rest must hold singular values, which are not negative, got {rest.min()}")
     rest = np.broadcast_to(rest, (*leading, count))
     square_a, square_b = (np.linalg.svd(x, compute_uv=False) ** 2 for x in (a, b))
     inside = (square_a[..., :, None] + square_b[..., None, :]).reshape(*leading, -1)
@@ -89,8 +93,7 @@ def factorization_condition_number(
 def least_condition_number(singular_values: ArrayLike, rank: int) -> np.ndarray:
     """The least condition number over all pairs of the best product, `2 sigma_1 / (sigma_r - sigma_{r+1})`.
 
-    Balanced pairs have it, and only they can. Needs `r < min(a, b)`; with one side of length r the least eigenvalue
-    may be larger.
+    Balanced pairs have it. Needs `r < min(a, b)`: where one side has the length r, other pairs can have a smaller one.
 
     Args:
         singular_values: `(..., k)`, k at least r, descending, of Z; those beyond are taken for 0.
@@ -101,7 +104,7 @@ def least_condition_number(singular_values: ArrayLike, rank: int) -> np.ndarray:
 
     Source: arXiv 2605.31484.
     """
-    values = np.asarray(singular_values, float)
+    values = np.atleast_1d(np.asarray(singular_values, float))
     if not 1 <= rank <= values.shape[-1]:
         raise ValueError(f"rank must be from 1 to the number of singular values, {values.shape[-1]}, got {rank}")
     if np.any(np.diff(values, axis=-1) > 0) or np.any(values < 0):
@@ -168,7 +171,7 @@ class Extremes(NamedTuple):
     Attributes:
         largest: `()`, the largest eigenvalue found, of the operator without the directions of the orbits.
         smallest: `()`, the smallest.
-        residuals: `(2,)`, the norms `||H v - lambda v||` of the two.
+        residuals: `(2,)`, the norms `||H v - lambda v||` of the two, to which rounding adds about `eps ||H||`.
         ritz_values: `(iterations,)`, the eigenvalues of the tridiagonal matrix, ascending; NaN beyond the invariant
             subspace, where the iteration ends early.
         weights: `(iterations,)`, of the Ritz values in the spectral density that the start vector sees; they sum to 1.
@@ -213,12 +216,15 @@ def extreme_eigenvalues(
         `Extremes`.
 
     Raises:
-        ValueError: there are no pairs, or `iterations` is not positive.
+        ValueError: there are no pairs, or `iterations` is not a positive integer.
+
+    Notes:
+        At least one factor of each pair must have full rank; else everything is NaN.
     """
     from matfree.decomp import tridiag_sym
 
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    if not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations must be a positive integer, got {iterations}")
     found = find_pairs(params, pairs)
     factors = read_pairs(params, found)
     flat, unravel = ravel_pytree(params)
@@ -241,24 +247,18 @@ def extreme_eigenvalues(
     start = ravel_pytree(free(unravel(jax.random.normal(key, flat.shape, flat.dtype))))[0]
     decomposition = tridiag_sym(depth, materialize=False, custom_vjp=False)(matvec, start)
     diagonal, beside = decomposition.J_small
-    last = jnp.linalg.norm(decomposition.residual)
-    # an invariant subspace was found where a vector beside the diagonal vanishes; what follows is made of rounding
+    # an invariant subspace was found where a number beside the diagonal vanishes; what follows is made of rounding
     size = jnp.abs(diagonal).max() + jnp.abs(beside).max(initial=0)
     ended = jnp.cumsum(jnp.abs(beside) <= 16 * jnp.finfo(flat.dtype).eps * size) > 0
     alive = jnp.concatenate([jnp.ones(1, bool), ~ended])
-    tridiagonal = jnp.diag(jnp.where(alive, diagonal, 4 * size))
-    beside = jnp.where(ended, 0, beside)
-    tridiagonal = tridiagonal + jnp.diag(beside, 1) + jnp.diag(beside, -1)
+    kept = jnp.where(ended, 0, beside)
+    tridiagonal = jnp.diag(jnp.where(alive, diagonal, 4 * size)) + jnp.diag(kept, 1) + jnp.diag(kept, -1)
+    # of the vectors of the dead part, whose eigenvalues come last, nothing reaches into the others
     values, vectors = jnp.linalg.eigh(tridiagonal)
-    return _extremes(values, vectors, alive, last)
-
-
-def _extremes(values, vectors, alive, last):
-    """The outcome from the eigenvalues of the tridiagonal matrix, those of its dead part behind the others."""
-    depth, count = values.shape[0], alive.sum()
+    count = alive.sum()
     inside = jnp.arange(depth) < count
-    end = jnp.where(count == depth, last, 0)
-    residuals = jnp.abs(vectors[-1]) * end
+    onward = jnp.append(jnp.abs(beside), jnp.linalg.norm(decomposition.residual))[count - 1]
+    residuals = onward * jnp.abs(vectors[count - 1])
     return Extremes(
         largest=values[count - 1],
         smallest=values[0],

@@ -23,13 +23,14 @@ class BalanceSettings:
 
     Attributes:
         gauge: which balanced pair.
-        transport: whether the optimizer's moments are carried along; the paper leaves them as they are.
+        transport: whether the optimizer's moments are carried along; the paper leaves them as they are, but on language
+            models it pays (experiments/gauges).
         every: steps between projections.
         start_step: number of first steps without.
     """
 
     gauge: Gauge = "svd"
-    transport: bool = False
+    transport: bool = True
     every: int = 1
     start_step: int = 0
 

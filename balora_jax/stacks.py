@@ -76,10 +76,10 @@ def balance_stacks(lefts, rights, gauge: str, route: str, *, overwrite: bool = F
 
     Returns:
         The factors after the projection, in two lists; then, over all N pairs, the change of gauge and its inverse
-        `(N, r, r)`, and whether a pair was left for lack of rank, or for a NaN or infinity. Left pairs have the
-        identity for a change; products with it spread a NaN in its factor.
+        `(N, r, r)`, whether a pair was left for lack of rank, or for a NaN or infinity, and its cancellation, see
+        `_cancellation`. Left pairs have the identity for a change; products with it spread a NaN in its factor.
     """
-    return sharded_like((lefts, rights), _compiled(gauge, route, overwrite), lefts, rights, replicated=4)
+    return sharded_like((lefts, rights), _compiled(gauge, route, overwrite), lefts, rights, replicated=5)
 
 
 @cache
@@ -127,13 +127,14 @@ def _balanced(lefts, rights, gauge, route, wide, precision, *, overwrite=False, 
     gram_a = jnp.concatenate([_gram(a, 0) for a in lefts]).astype(wide)
     gram_b = jnp.concatenate([_gram(b, 1) for b in rights]).astype(wide)
     change, trusted = _trusted_change(gram_a, gram_b, gauge, route, dtype)
+    cancellation = _cancellation(change, gram_a, gram_b)
     if gauge != "raw_svd":
         settled = _settled(gram_a, gram_b, gauge, float(jnp.finfo(precision).eps))
         change = chosen(settled, identity_change(gram_a), change)
-    change, deficient, nonfinite, rough = in_place(
+    change, cancellation, deficient, nonfinite, rough = in_place(
         (~trusted).any(),
-        lambda outcome: _careful_change(lefts, rights, trusted, outcome[0], gauge, precision),
-        (change, *(jnp.zeros(trusted.shape, bool) for _ in range(3))),
+        lambda old: _careful_change(lefts, rights, trusted, old[0], old[1], gauge, precision),
+        (change, cancellation, *(jnp.zeros(trusted.shape, bool) for _ in range(3))),
     )
     new_lefts, new_rights = _applied(lefts, rights, change, rough, overwrite)
     forward, inverse = change.forward.astype(dtype), change.inverse.astype(dtype)
@@ -141,13 +142,13 @@ def _balanced(lefts, rights, gauge, route, wide, precision, *, overwrite=False, 
 
         def refined(outcome):
             lefts, rights, forward, inverse = outcome
-            lefts, rights, forth, back, _, _ = _balanced(lefts, rights, gauge, "exact", wide, precision, last=True)
+            lefts, rights, forth, back, *_ = _balanced(lefts, rights, gauge, "exact", wide, precision, last=True)
             return lefts, rights, matmul(forward, forth), matmul(back, inverse)
 
         far = ~(trusted | deficient | nonfinite)
         outcome = new_lefts, new_rights, forward, inverse
         new_lefts, new_rights, forward, inverse = in_place(far.any(), refined, outcome)
-    return new_lefts, new_rights, forward, inverse, deficient, nonfinite
+    return new_lefts, new_rights, forward, inverse, deficient, nonfinite, cancellation.astype(jnp.float32)
 
 
 def _applied(lefts, rights, change, rough, overwrite):
@@ -238,15 +239,15 @@ def _settled(gram_a, gram_b, gauge, eps):
     return settled & (jnp.abs(tilt) <= 8 * eps * unit).all((1, 2))
 
 
-def _careful_change(lefts, rights, trusted, change, gauge, precision):
+def _careful_change(lefts, rights, trusted, change, cancellation, gauge, precision):
     """The change of gauge from Gram matrices of wider precision, where those of working precision were not trusted.
 
     Their squares neither overflow nor underflow the wider range, and condition numbers may be the square root of its
     precision.
 
     Returns:
-        The change, the identity where a pair is left; which pairs lack rank, which hold a NaN or infinity, and for
-        which ones the change should be applied in wider precision.
+        The change, the identity where a pair is left, and its cancellation; which pairs lack rank, which hold a NaN or
+        infinity, and for which ones the change should be applied in wider precision.
     """
     wide = change.forward.dtype
     eps, tiny = float(jnp.finfo(precision).eps), float(jnp.finfo(precision).tiny)
@@ -279,9 +280,10 @@ def _careful_change(lefts, rights, trusted, change, gauge, precision):
     held = ((extent > tiny / eps) & (extent < eps / tiny)).all(0)
     found = careful.found & (condition < 1 / (4 * eps)) & (damage < _most_damage(precision, wide)) & held
     careful = turned(careful, rotation(careful, gram_a, gram_b, gauge))
+    cancellation = jnp.where(trusted, cancellation, _cancellation(careful, gram_a, gram_b))
     careful = chosen(found, careful, identity_change(gram_a))
     rough = ~trusted & found & (damage > _ROUGH_DAMAGE)
-    return chosen(trusted, change, careful), ~(trusted | found | nonfinite), nonfinite, rough
+    return chosen(trusted, change, careful), cancellation, ~(trusted | found | nonfinite), nonfinite, rough
 
 
 def _most_damage(precision, wide):
@@ -314,6 +316,21 @@ def _errors(change, gram_a, gram_b):
     return growth, jnp.sqrt(jnp.maximum(inverse_a, inverse_b)), damage
 
 
+def _cancellation(change, gram_a, gram_b):
+    """By how many roundings of the old factors the product moves if the new ones are written as sums with them, `(N)`.
+
+    `A + (A' - A)` carries an error of the size of a rounding of A, which counts where A' is far smaller.
+    """
+    new_a = (matmul(gram_a, change.forward) * change.forward).sum(1)  # squared norms of the new columns
+    new_b = (matmul(change.inverse, gram_b) * change.inverse).sum(2)
+    moved = (_diagonal_of(gram_a) * new_b + _diagonal_of(gram_b) * new_a).sum(1)
+    return jnp.sqrt(moved / 2) / jnp.linalg.norm(change.values, axis=1)
+
+
+def _diagonal_of(gram):
+    return column_norms(gram) ** 2
+
+
 def _safe(gram):
     """Whether all columns have norms within `_SAFE_NORMS`."""
     norms, (least, most) = column_norms(gram), _SAFE_NORMS
@@ -333,7 +350,7 @@ def _balanced_redundant(left, right, gauge, wide):
     old_a, old_b, precision = left, right, left.dtype
     left, right = left.astype(wide), right.astype(wide)
     inner = _balanced([matmul(left, basis)], [matmul(basis.mT, right)], "raw_svd", "exact", wide, precision)
-    (small_a,), (small_b,), change, inverse, deficient, nonfinite = inner
+    (small_a,), (small_b,), change, inverse, deficient, nonfinite, _ = inner
     change, inverse = matmul(basis, change), matmul(inverse, basis.mT)
     rank, least = left.shape[-1], small_a.shape[-1]
     if gauge == "raw_svd":
@@ -349,8 +366,11 @@ def _balanced_redundant(left, right, gauge, wide):
             turn = matching(overlap_a, overlap_b, jnp.square(small_a).sum(1), *norms)
     kept, identity = (deficient | nonfinite)[:, None, None], jnp.eye(rank, dtype=wide)[None]
     new = matmul(small_a, turn), matmul(turn.mT, small_b), matmul(change, turn), matmul(turn.mT, inverse)
+    squares_a, squares_b = (jnp.square(x).sum(1) for x in (left, right.mT))
+    moved = (squares_a * jnp.square(new[1]).sum(2) + squares_b * jnp.square(new[0]).sum(1)).sum(1)
+    cancellation = jnp.sqrt(moved / 2) / jnp.linalg.norm(jnp.square(small_a).sum(1), axis=1)
     new_a, new_b, change, inverse = (
         jnp.where(kept, old, x.astype(precision))
         for x, old in zip(new, (old_a, old_b, identity.astype(precision), identity.astype(precision)), strict=True)
     )
-    return [new_a], [new_b], change, inverse, deficient, nonfinite
+    return [new_a], [new_b], change, inverse, deficient, nonfinite, cancellation.astype(jnp.float32)

@@ -241,6 +241,28 @@ def test_dtypes_and_shapes_are_stable(dtype, every):
     assert balanced == (every == 1)
 
 
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 4e-6), ("bfloat16", 2e-2), ("float16", 4e-3)])
+@pytest.mark.parametrize("condition", [1.5, 1e1, 1e2, 1e3, 1e4])
+def test_a_pair_far_from_balance_keeps_its_product(condition, dtype, most):
+    """An update is added to parameters in their dtype: where that would lose the product, the pair is left."""
+    rng = np.random.default_rng(0)
+    left, right, mix = (np.linalg.qr(rng.standard_normal((n, 6)))[0] for n in (24, 30, 6))
+    stretch = np.geomspace(1, 1 / condition, 6)
+    params = {
+        "lora_a": jnp.asarray(left * stretch @ mix, dtype),
+        "lora_b": jnp.asarray(mix.T / stretch @ right.T, dtype),
+    }
+    tx = balora_project()
+    updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    old, new = (
+        [np.asarray(x, float) for x in tree.values()] for tree in (params, optax.apply_updates(params, updates))
+    )
+    error = np.linalg.norm(new[0] @ new[1] - old[0] @ old[1]) / np.linalg.norm(old[0] @ old[1])
+    assert error < most
+    assert int(state.untouched) == (error == 0)
+    assert int(state.untouched) == (condition > {"float32": 100, "bfloat16": 1.5, "float16": 10}[dtype])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_strict_promotion(dtype):
     params, tx = make_params(dtype), balora_project()

@@ -103,18 +103,18 @@ def riemannian_gradient_descent(
 
         first = (0, start, objective(*move(point, _scaled(tangent, -start))))
         trials, size, _ = lax.while_loop(too_long, shorter, first)
-        return jnp.where(trials < MOST_TRIALS, size, 0)
+        return jnp.where(trials < MOST_TRIALS, size, 0).astype(start.dtype)
 
     def step(carry, number):
         point, start = carry
         loss, gradient = value_and_gradient(*point)
         tangent = direction(point, gradient)
         slope = sum((x * y).sum() for x, y in zip(tangent, gradient, strict=True))
-        size = jnp.asarray(start if search else size_of(number), loss.dtype)
+        size = jnp.asarray(start if search else size_of(number), point.lora_a.dtype)
         if search:
             size = searched(point, tangent, slope, loss, size)
         moved = move(point, _scaled(tangent, -size))
-        new = jax.tree.map(lambda x, y: jnp.where(size > 0, x, y), moved, point)
+        new = jax.tree.map(lambda x, y: jnp.where(size == 0, y, x).astype(y.dtype), moved, point)
         record = loss, jnp.sqrt(jnp.maximum(slope, 0)), singular_values(point), size
         return (new, size / SHRINKAGE if search else start), record
 

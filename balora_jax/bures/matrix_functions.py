@@ -1,8 +1,9 @@
-"""Matrix functions whose derivatives of every order stay finite where singular values are equal.
+"""Matrix functions whose derivatives stay finite where singular values are equal.
 
 Automatic differentiation of an eigenvalue or singular value decomposition divides by differences of its values. What is
 needed of them here, the solution of linear matrix equations, orthogonal polar factors and the balanced pair of a
-product, is smooth there, and is differentiated from its defining equation instead.
+product, is smooth there, and is differentiated from its defining equation instead: to every order, but for
+`truncated`, whose derivative exists once.
 
 All functions work on the last two axes. LAPACK is called for one small matrix after the other, also under `vmap`: two
 batched calls of one program can wait for each other on XLA's CPU backend.
@@ -133,9 +134,9 @@ def _(primals, tangents):
     shared = inside / (s.mT + s)
 
     def outside(u, forth, u_rest, back, v_rest):
-        """`(I - U U^T) dU S`, where dU are the steps of the singular vectors."""
+        """`(I - U U^T) dU`, where dU are the steps of the singular vectors."""
         forth = (forth - matmul(u, matmul(u.mT, forth))) / s
-        cross = matmul(u_rest.mT, forth) * s**2 + s_rest * s * matmul(v_rest.mT, back) / s
+        cross = matmul(u_rest.mT, forth) * s**2 + s_rest * matmul(v_rest.mT, back)
         cross = cross / (s**2 - s_rest**2) - matmul(u_rest.mT, forth)
         return forth + matmul(u_rest, cross)
 
@@ -143,6 +144,17 @@ def _(primals, tangents):
     step_a = matmul(u, shared) * root[..., None, :] + outside(u, forth, u_rest, back, v_rest) * root[..., None, :]
     step_b = matmul(v, shared.mT) * root[..., None, :] + outside(v, back, v_rest, forth, u_rest) * root[..., None, :]
     return (new_a, new_b), (step_a, step_b.mT)
+
+
+def core_singular_values(left: jax.Array, right: jax.Array) -> jax.Array:
+    """The singular values of `left @ right`, descending, `(..., k)`; without derivatives.
+
+    Args:
+        left: `(..., a, k)`, `k <= a`.
+        right: `(..., k, b)`, `k <= b`.
+    """
+    (_, upper_a), (_, upper_b) = _qr(left), _qr(right.mT)
+    return _svd(matmul(upper_a, upper_b.mT))[1]
 
 
 def _truncated(left, right, rank):

@@ -2,7 +2,7 @@
 
 RUN are output folders of `balora-jax run configs/gauges.py`, of the whole sweep or of parts of it. For each rank and
 method the learning rate with the lowest mean evaluation loss over the seeds is taken, and its losses are compared
-with those of LoRA at LoRA's own best rate, seed by seed. Writes `language_model.json` and prints the table of README.md.
+with those of LoRA at LoRA's own best rate, seed by seed. Writes `language_model.json` and prints a table.
 """
 
 import json

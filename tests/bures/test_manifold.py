@@ -259,6 +259,9 @@ def test_batches_and_jit():
 
 def test_singular_values(point):
     close(bures.singular_values(rotated(point)), thin_svd(point)[1])
+    if point.lora_a.shape[1] > 1:
+        lacking = rotated(Point(point.lora_a.at[:, 0].set(0), point.lora_b.at[0].set(0)))
+        close(bures.singular_values(lacking), np.linalg.svd(bures.to_matrix(lacking))[1][: point.lora_a.shape[1]])
     assert bures.singular_values(point).shape == (point.lora_a.shape[1],)
 
 
@@ -302,10 +305,19 @@ BAD_CALLS = {
         "shape",
     ),
     "shape of a product": (lambda p, t: bures.riemannian_gradient(p, lambda x: x), ValueError, "function's result"),
-    "no matrix": (lambda p, t: bures.riemannian_gradient(p, 3), TypeError, "array, a LowRank or a function"),
+    "no matrix": (
+        lambda p, t: bures.riemannian_gradient(p, 3),
+        TypeError,
+        "must be a Tangent, or a matrix as an array",
+    ),
     "kind": (lambda p, t: bures.retraction(p, t, kind="qr"), ValueError, "kind must be .*'qr'"),
     "rank": (lambda p, t: bures.from_matrix(jnp.ones((4, 3)), 4), ValueError, "rank must be from 1 to .* 3, got 4"),
     "matrix shape": (lambda p, t: bures.random_point(jax.random.key(0), (4,), 1), ValueError, "shape must be"),
+    "half precision": (
+        lambda p, t: bures.norm(Point(*(x.astype("bfloat16") for x in p)), t),
+        TypeError,
+        "got bfloat16",
+    ),
     "other point": (lambda p, t: bures.distance(p, Point(p[0][:4], p[1])), ValueError, "other must have the shapes"),
 }
 
