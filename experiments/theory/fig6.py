@@ -1,4 +1,4 @@
-"""Condition numbers of factorisations: `python experiments/theory/fig6.py` (NN s on two CPU cores).
+"""Condition numbers of factorisations: `python experiments/theory/fig6.py` (40 s on two CPU cores).
 
 Of the minimisers (A, B) of `1/2 ||A B - Z||^2`, Z of size 20 x 20 and rank r = 4: random refactorisations
 `(A M, M^-1 B)` of the balanced pair, M standard normal; and the end points of gradient descent with and without

@@ -1,4 +1,4 @@
-"""Three metrics on the matrices of rank r: `python experiments/theory/geometries.py` (NN min on two CPU cores).
+"""Three metrics on the matrices of rank r: `python experiments/theory/geometries.py` (some minutes on two CPU cores).
 
 Riemannian gradient descent with Armijo's rule under the Bures, the embedded and the scaled metric, for
 

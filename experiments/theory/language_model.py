@@ -1,4 +1,4 @@
-"""Condition numbers along fine-tuning: `python experiments/theory/language_model.py` (NN min on two CPU cores).
+"""Condition numbers along fine-tuning: `python experiments/theory/language_model.py` (some minutes on two CPU cores).
 
 The closed forms are for one matrix and a quadratic loss; several adapted layers and cross-entropy are an open question
 of arXiv 2605.31484. LoRA and BaLoRA (rank 8, AdamW, 150 steps, 3 seeds) fine-tune the shipped model on the data of

@@ -1,4 +1,4 @@
-"""Measured against predicted convergence: `python experiments/theory/rates.py` (NN s on two CPU cores).
+"""Measured against predicted convergence: `python experiments/theory/rates.py` (30 s on two CPU cores).
 
 Near a minimiser of `1/2 ||A B - Z||^2` gradient descent with the step `2 / (lambda_1 + lambda_min)` should multiply the
 error by `(kappa - 1) / (kappa + 1)` a step. Z is 20 x 20 of rank 4, its singular values from kappa_Z to 1. From the
