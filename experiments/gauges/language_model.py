@@ -6,6 +6,7 @@ with those of LoRA at LoRA's own best rate, seed by seed. Writes `language_model
 """
 
 import json
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -31,7 +32,10 @@ def load(folders: list[Path]) -> tuple[dict, list]:
             method = "LoRA" if config["method"] == "lora" else (balance["gauge"], balance["transport"])
             rate = config["optimizer"]["learning_rate"]
             found[config["adapter"]["rank"], method][rate][config["seed"]] = record
-    return found, [json.loads((folder / "environment.json").read_text()) for folder in folders]
+    starts = [start for folder in folders for start in json.loads((folder / "environment.json").read_text())]
+    for start in starts:
+        start["command"] = re.sub(r" --output \S+", "", start["command"])
+    return found, starts
 
 
 def best_rate(rates: dict) -> float:
