@@ -8,3 +8,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="balora-jax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+import jax
+import pymanopt.manifolds  # noqa: F401
+import pytest
+
+jax.config.update("jax_enable_x64", False)  # importing pymanopt turns it on, for all tests of the process
+
+
+@pytest.fixture
+def float64():
+    """Float64 for the length of a test."""
+    with jax.enable_x64(True):
+        yield

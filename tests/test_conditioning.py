@@ -17,11 +17,7 @@ from balora_jax.conditioning import (
     predicted_rate,
 )
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def minimiser(shape, values, rank, seed=0, mixed=False):

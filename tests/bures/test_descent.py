@@ -8,6 +8,8 @@ import pytest
 
 from balora_jax import balancing_gap, bures
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 METRICS = ["bures", "embedded", "scaled"]
 
 

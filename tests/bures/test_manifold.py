@@ -9,6 +9,8 @@ from pymanopt.manifolds import FixedRankEmbedded, PSDFixedRank
 from balora_jax import bures
 from balora_jax.bures import LowRank, Point, Tangent
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 SHAPES = {"tall": (9, 5, 3), "wide": (4, 11, 2), "square": (6, 6, 6), "rank one": (7, 8, 1)}
 TOLERANCE = 1e-12
 

@@ -9,6 +9,8 @@ import scipy.linalg
 from balora_jax import balance, bures
 from balora_jax.bures.matrix_functions import balanced, polar, solve, sylvester
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
