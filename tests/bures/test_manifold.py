@@ -253,7 +253,7 @@ def test_batches_and_jit():
         )
 
     together = jax.jit(everything)(stacked, others, tangent, z)
-    mapped = jax.vmap(jax.vmap(everything))(stacked, others, tangent, z)
+    mapped = jax.jit(jax.vmap(jax.vmap(everything)))(stacked, others, tangent, z)
     jax.tree.map(close, together, mapped)
     at = jax.tree.map(lambda x: x[1, 2], (stacked, others, tangent, z))
     jax.tree.map(lambda x, y: close(x[1, 2], y), together, everything(*at))
