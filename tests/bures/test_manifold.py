@@ -1,5 +1,7 @@
 """The laws of the manifold, against dense definitions in NumPy."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,6 +150,69 @@ def test_hessian_is_symmetric_and_second_order(point):
             for t in (1e-2, 1e-3)
         ]
         assert errors[1] < 2e-3 * errors[0] + 1e-14
+
+
+def tangent_basis(point):
+    """An orthonormal basis of the tangent space, stacked."""
+    size = point.lora_a.size + point.lora_b.size - point.lora_a.shape[1] ** 2
+    found = jax.vmap(lambda key: bures.random_tangent_vector(key, point))(jax.random.split(jax.random.key(1), size))
+    rows = np.concatenate([np.reshape(x, (size, -1)) for x in found], axis=1)
+    rows = np.linalg.qr(rows.T)[0].T  # the metric is that of the entries of horizontal factors
+    parts = np.split(rows, [point.lora_a.size], axis=1)
+    return Tangent(*(jnp.asarray(part).reshape(size, *x.shape) for part, x in zip(parts, point, strict=True)))
+
+
+def in_basis(point, operator, basis):
+    """The matrix of an operator on the tangent space."""
+    images = jax.vmap(operator)(basis)
+    inner = partial(bures.inner_product, point)
+    return jax.vmap(lambda image: jax.vmap(lambda other: inner(image, other))(basis))(images)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 1), (4, 3, 2), (3, 3, 3)])
+def test_hessian_is_that_of_the_levi_civita_connection(shape):
+    """Away from critical points, against `d_ij f - Gamma^k_ij d_k f` with numerical derivatives of the metric."""
+    point = bures.random_point(jax.random.key(0), shape[:2], shape[2])
+    target, basis = ambient(point), tangent_basis(point)
+    size = len(basis.lora_a)
+
+    def matrix(x):
+        bent = x + 0.5 * x.sum() * x[::-1]
+        return jnp.matmul(*(p + jnp.einsum("k,kij->ij", bent, t) for p, t in zip(point, basis, strict=True)))
+
+    @jax.jit
+    def metric(x):
+        at = bures.from_matrix(matrix(x), shape[2])
+        fields = jax.vmap(partial(bures.projection, at))(jnp.moveaxis(jax.jacobian(matrix)(x), -1, 0))
+        return in_basis(at, lambda field: field, fields)
+
+    zero, h = jnp.zeros(size), 1e-5
+    close(metric(zero), np.eye(size))
+    slopes = np.stack([(metric(zero.at[k].set(h)) - metric(zero.at[k].set(-h))) / (2 * h) for k in range(size)])
+    christoffel = 0.5 * (np.einsum("ijk->kij", slopes) + np.einsum("jik->kij", slopes) - slopes)
+    slope, curvature = (d(lambda x: quartic(matrix(x), target))(zero) for d in (jax.grad, jax.hessian))
+    correction = np.einsum("kij,k->ij", christoffel, slope)
+    assert np.abs(correction).max() > 1
+    close(in_basis(point, partial(hessian_of_quartic, point), basis), curvature - correction, 1e-7)
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 2), (5, 5, 3), (3, 5, 3)])
+def test_hessian_at_the_minimiser(shape):
+    """Of `1/2 ||X - Z||^2`: `sigma_i + sigma_j` for i, j <= r, and `sigma_i -+ sigma_j` where j > r has a sigma."""
+    rows, columns, rank = shape
+    z = np.random.default_rng(0).standard_normal((rows, columns))
+    sigma = np.linalg.svd(z, compute_uv=False)
+    point = bures.from_matrix(jnp.asarray(z), rank)
+    gradient = bures.to_matrix(point) - z
+
+    @jax.jit
+    def hessian(tangent):
+        return bures.riemannian_hessian(point, gradient, bures.to_matrix(point, tangent), tangent)
+
+    found = np.linalg.eigvalsh(in_basis(point, hessian, tangent_basis(point)))
+    tail = np.concatenate([sigma[rank:], -sigma[rank:], np.zeros(abs(rows - columns))])
+    close(found, np.sort([s + t for s in sigma[:rank] for t in np.concatenate([sigma[:rank], tail])]))
+    close(found[0], sigma[rank - 1] - sigma[rank] if rank < min(rows, columns) else sigma[-1])
 
 
 @pytest.mark.parametrize("kind", ["balanced", "truncated"])
