@@ -5,8 +5,7 @@ needed of them here, the solution of linear matrix equations, orthogonal polar f
 product, is smooth there, and is differentiated from its defining equation instead: to every order, but for
 `truncated`, whose derivative exists once.
 
-All functions work on the last two axes. LAPACK is called for one small matrix after the other, also under `vmap`: two
-batched calls of one program can wait for each other on XLA's CPU backend.
+All functions work on the last two axes.
 """
 
 import jax
@@ -15,6 +14,7 @@ from jax import lax
 
 from balora_jax.balance import balance_pair
 from balora_jax.gauge import matmul
+from balora_jax.linalg import eigh, qr, svd
 
 
 def sylvester(p: jax.Array, q: jax.Array, c: jax.Array) -> jax.Array:
@@ -25,7 +25,7 @@ def sylvester(p: jax.Array, q: jax.Array, c: jax.Array) -> jax.Array:
         q: `(..., n, n)`.
         c: `(..., m, n)`.
     """
-    (values_p, u), (values_q, v) = (_eigh(lax.stop_gradient(x)) for x in (p, q))
+    (values_p, u), (values_q, v) = (eigh(lax.stop_gradient(x)) for x in (p, q))
     sums = values_p[..., :, None] + values_q[..., None, :]
 
     def solve(_, c):
@@ -41,7 +41,7 @@ def solve(p: jax.Array, c: jax.Array) -> jax.Array:
         p: `(..., m, m)`.
         c: `(..., m, n)`.
     """
-    values, u = _eigh(lax.stop_gradient(p))
+    values, u = eigh(lax.stop_gradient(p))
 
     def inverse(_, c):
         return matmul(u, matmul(u.mT, c) / values[..., :, None])
@@ -56,7 +56,7 @@ def polar(matrix: jax.Array) -> jax.Array:
     Args:
         matrix: `(..., r, r)`.
     """
-    u, _, vt = _svd(matrix)
+    u, _, vt = svd(matrix)
     return matmul(u, vt)
 
 
@@ -153,43 +153,18 @@ def core_singular_values(left: jax.Array, right: jax.Array) -> jax.Array:
         left: `(..., a, k)`, `k <= a`.
         right: `(..., k, b)`, `k <= b`.
     """
-    (_, upper_a), (_, upper_b) = _qr(left), _qr(right.mT)
-    return _svd(matmul(upper_a, upper_b.mT))[1]
+    (_, upper_a), (_, upper_b) = qr(left), qr(right.mT)
+    return svd(matmul(upper_a, upper_b.mT))[1]
 
 
 def _truncated(left, right, rank):
     """The truncated pair, and `U S V^T` of what was kept and of the rest, within the span of the factors."""
     if left.shape[-1] >= min(left.shape[-2], right.shape[-1]):
-        u, s, vt = _svd(matmul(left, right))
+        u, s, vt = svd(matmul(left, right))
     else:
-        (basis_a, upper_a), (basis_b, upper_b) = _qr(left), _qr(right.mT)
-        u, s, vt = _svd(matmul(upper_a, upper_b.mT))
+        (basis_a, upper_a), (basis_b, upper_b) = qr(left), qr(right.mT)
+        u, s, vt = svd(matmul(upper_a, upper_b.mT))
         u, vt = matmul(basis_a, u), matmul(vt, basis_b.mT)
     kept, rest = (u[..., :rank], s[..., :rank], vt[..., :rank, :]), (u[..., rank:], s[..., rank:], vt[..., rank:, :])
     root = jnp.sqrt(kept[1])
     return (kept[0] * root[..., None, :], root[..., :, None] * kept[2]), (*kept, *rest)
-
-
-def _one_by_one(function):
-    """The function over leading axes, one matrix after the other."""
-
-    @jax.custom_batching.custom_vmap
-    def run(stack):
-        return lax.map(function, stack)
-
-    @run.def_vmap
-    def _(axis_size, in_batched, stack):
-        out = run(stack.reshape(-1, *stack.shape[2:]))
-        out = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), out)
-        return out, jax.tree.map(lambda _: True, out)
-
-    def over_leading(matrix):
-        out = run(matrix.reshape(-1, *matrix.shape[-2:]))
-        return jax.tree.map(lambda x: x.reshape(*matrix.shape[:-2], *x.shape[1:]), out)
-
-    return over_leading
-
-
-_eigh = _one_by_one(lambda matrix: tuple(jnp.linalg.eigh(matrix)))
-_svd = _one_by_one(lambda matrix: tuple(jnp.linalg.svd(matrix, full_matrices=False)))
-_qr = _one_by_one(lambda matrix: tuple(jnp.linalg.qr(matrix)))
