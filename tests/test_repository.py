@@ -1,5 +1,7 @@
 """The files around the package: configs, the shipped base, and results in the README."""
 
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from balora_jax.training.step import token_losses
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+SCRIPTS = sorted(file for file in (ROOT / "experiments").rglob("*.py") if "def main" in file.read_text())
 SHRINK = (
     "--training.steps 2 --training.batch_size 2 --training.eval_every 2 --data.train_examples 100 "
     "--data.eval_examples 10 --optimizer.learning_rate 1e-3 --seed 0 --method balora"
@@ -53,3 +56,15 @@ def test_shipped_files_are_small():
 def test_readme_shows_what_is_recorded():
     command = [sys.executable, str(ROOT / "experiments" / "update_readme.py"), "--check"]
     assert subprocess.run(command, check=False, timeout=60).returncode == 0
+
+
+def test_readme_example_of_the_geometry_prints_what_it_says(capsys):
+    section = (ROOT / "README.md").read_text().split("## Studying the geometry")[1]
+    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1), {})
+    assert [line[:5] for line in capsys.readouterr().out.splitlines()[1:]] == ["24.45", "24.45"]
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
+def test_experiment_finds_what_it_imports(file, monkeypatch):
+    monkeypatch.syspath_prepend(file.parent)
+    assert callable(runpy.run_path(str(file))["main"])
