@@ -1,6 +1,8 @@
 """Adapters for Flax NNX: layers, and putting them on a model."""
 
-from balora_jax.adapters.lora import AdapterScale, LoRALinear, adapter_scale
+from balora_jax.adapters.dora import DoRALinear
+from balora_jax.adapters.initialisation import LORA, OLORA, PISSA, XAVIER, Initialisation
+from balora_jax.adapters.lora import AdapterOffset, AdapterScale, LoRALinear, adapter_scale
 from balora_jax.adapters.model import (
     add_adapters,
     iter_adapters,
@@ -10,7 +12,14 @@ from balora_jax.adapters.model import (
 )
 
 __all__ = [
+    "LORA",
+    "OLORA",
+    "PISSA",
+    "XAVIER",
+    "AdapterOffset",
     "AdapterScale",
+    "DoRALinear",
+    "Initialisation",
     "LoRALinear",
     "adapter_scale",
     "add_adapters",

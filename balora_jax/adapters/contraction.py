@@ -1,5 +1,6 @@
 """How a linear layer contracts its input with its kernel, in the one language that covers all: an einsum."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -54,6 +55,13 @@ class Contraction:
         )
         return (*stacked, *shared, *contracted, rank), (*stacked, *shared, rank, *remaining)
 
+    def matrices(self, kernel: jax.Array) -> jax.Array:
+        """Returns a kernel as matrices `(stacked, shared, contracted, remaining)`, the axes of each kind made one."""
+        axes = jnp.einsum(f"...{self.kernel}->...{self.shared}{self.contracted}{self.remaining}", kernel)
+        batch = axes.ndim - len(self.contracted) - len(self.remaining)
+        size = math.prod(axes.shape[batch : batch + len(self.contracted)])
+        return axes.reshape(*axes.shape[:batch], size, -1)
+
     def low_rank(self, x: jax.Array, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
         """Applies the update to an input without forming it: first `lora_a`, then `lora_b`."""
         if self.input_axes is not None:
@@ -62,6 +70,14 @@ class Contraction:
         hidden = "".join(c for c in self.inputs if c not in self.contracted) + _RANK
         x = jnp.einsum(f"{self.inputs},{self.shared}{self.contracted}{_RANK}->{hidden}", x, lora_a)
         return jnp.einsum(f"{hidden},{self.shared}{_RANK}{self.remaining}->{self.outputs}", x, lora_b)
+
+    def scaled_outputs(self, y: jax.Array, factors: jax.Array) -> jax.Array:
+        """Multiplies every output unit by its factor `(shared, remaining axes)`."""
+        return jnp.einsum(f"{self.outputs},{self.shared}{self.remaining}->{self.outputs}", y, factors)
+
+    def scaled_kernel(self, kernel: jax.Array, factors: jax.Array) -> jax.Array:
+        """Multiplies the kernel's column of every output unit by its factor, stacked axes first."""
+        return jnp.einsum(f"...{self.kernel},...{self.shared}{self.remaining}->...{self.kernel}", kernel, factors)
 
     def product(self, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
         """Returns the update in the kernel's layout, stacked axes first."""

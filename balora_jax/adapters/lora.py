@@ -8,12 +8,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.adapters.contraction import contraction_of
+from balora_jax.adapters.initialisation import LORA, Initialisation
 
 Scaling = Literal["lora", "rslora"]
 
 
 class AdapterScale(nnx.Variable):
     """The factor `s` of the update `s A B`: a number of the adapter that is set, not trained."""
+
+
+class AdapterOffset(nnx.Variable):
+    """A factor of the product that an adapter started with, where that is not zero: frozen."""
 
 
 class UnmergedKernel(nnx.Variable):
@@ -42,8 +47,10 @@ class LoRALinear(nnx.Module):
     """A linear layer with a low-rank update: `y = base(x) + s (dropout(x) A) B`.
 
     The factors are `nnx.LoRAParam`s in float32 whatever the dtype of the base; they are cast to the dtype of the base's
-    output for the products, so that the layer's output keeps its dtype. `A` is drawn from U(-1/sqrt(in), 1/sqrt(in)),
-    as PEFT does, and `B` is zero, so that a fresh adapter changes nothing.
+    output for the products, so that the layer's output keeps its dtype. A fresh adapter changes nothing: `B` is zero,
+    or, for initialisations that start elsewhere, the product they start with is subtracted,
+    `y = base(x) + s (dropout(x) A B - x A0 B0)`. That is the published `W0 <- W0 - s A0 B0`, but exact in every dtype
+    of the base, which stays shared and untouched; it costs a second low-rank product.
 
     A base whose kernel carries extra leading axes (layers stacked for `nnx.scan` or `nnx.vmap`) gets factors with the
     same leading axes; inside the scan or vmap both are sliced together.
@@ -52,6 +59,8 @@ class LoRALinear(nnx.Module):
         base: the frozen layer.
         lora_a: `(..., in, r)`; `in` is several axes if the layer contracts several.
         lora_b: `(..., r, out)`; likewise.
+        offset_a: `A0`, like `lora_a`, or None.
+        offset_b: `B0`, like `lora_b`, or None.
         scale: `(...)` float32, the factor `s`.
         rank: `r`.
         merged: whether the update has been added to the base's kernel.
@@ -67,6 +76,7 @@ class LoRALinear(nnx.Module):
         alpha: float | None = None,
         scaling: Scaling = "lora",
         dropout: float = 0.0,
+        initialisation: Initialisation = LORA,
         rngs: nnx.Rngs,
     ):
         """Wraps a layer.
@@ -77,7 +87,8 @@ class LoRALinear(nnx.Module):
             alpha: numerator of the scale; default the rank.
             scaling: `"lora"` for `alpha / rank`, `"rslora"` for `alpha / sqrt(rank)`.
             dropout: probability of dropping an entry of the adapter's input in training.
-            rngs: source of the random numbers: stream `params` for `A`, `dropout` for the dropout.
+            initialisation: where the factors start.
+            rngs: source of the random numbers: stream `params` for the factors, `dropout` for the dropout.
 
         Raises:
             ValueError: the rank does not fit the weight, or the dropout is not a probability.
@@ -98,31 +109,42 @@ class LoRALinear(nnx.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         shape_a, shape_b = self.contraction.factor_shapes(kernel_shape, rank)
-        bound = 1 / math.sqrt(fan_in)
         self.base = base
         self.rank = rank
         self.merged = False
-        self.lora_a = nnx.LoRAParam(jax.random.uniform(rngs.params(), shape_a, jnp.float32, -bound, bound))
-        self.lora_b = nnx.LoRAParam(jnp.zeros(shape_b, jnp.float32))
         scale = adapter_scale(rank if alpha is None else alpha, rank, scaling)
         self.scale = AdapterScale(jnp.full(stacked, scale, jnp.float32))
+        weights = self.contraction.matrices(base.kernel[...])
+        lora_a, lora_b = initialisation.factors(rngs.params(), weights, rank, scale)
+        lora_a, lora_b = lora_a.reshape(shape_a), lora_b.reshape(shape_b)
+        self.lora_a, self.lora_b = nnx.LoRAParam(lora_a), nnx.LoRAParam(lora_b)
+        # copies: the factors' own arrays are given away by a step that reuses their memory
+        self.offset_a = nnx.data(AdapterOffset(lora_a.copy()) if initialisation.offset else None)
+        self.offset_b = nnx.data(AdapterOffset(lora_b.copy()) if initialisation.offset else None)
         self.unmerged_kernel: UnmergedKernel | None = nnx.data(None)
         self.dropout = nnx.data(_dropout(dropout, stacked, rngs) if dropout else None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the layer and its adapter."""
         y = self.base(x)
-        if self.merged:
-            return y
-        if self.dropout is not None:
-            x = self.dropout(x)
-        lora_a, lora_b = self.lora_a[...].astype(y.dtype), self.lora_b[...].astype(y.dtype)
-        update = self.contraction.low_rank(x.astype(y.dtype), lora_a, lora_b)
-        return y + self.scale[...].astype(y.dtype) * update
+        return y if self.merged else y + self._low_rank(x, y.dtype)
+
+    def _low_rank(self, x: jax.Array, dtype) -> jax.Array:
+        """What the adapter adds to the output of the base, in the dtype given."""
+        dropped = x if self.dropout is None else self.dropout(x)
+        update = self._product_with(dropped, self.lora_a, self.lora_b, dtype)
+        if self.offset_a is not None:
+            update = update - self._product_with(x, self.offset_a, self.offset_b, dtype)
+        return self.scale[...].astype(dtype) * update
+
+    def _product_with(self, x, lora_a, lora_b, dtype):
+        return self.contraction.low_rank(x.astype(dtype), lora_a[...].astype(dtype), lora_b[...].astype(dtype))
 
     def weight_update(self) -> jax.Array:
-        """Returns `s A B` in float32, in the layout of the base's kernel."""
+        """Returns `s A B`, less `s A0 B0` if there is an offset, in float32, in the layout of the base's kernel."""
         product = self.contraction.product(self.lora_a[...], self.lora_b[...])
+        if self.offset_a is not None and self.offset_b is not None:
+            product = product - self.contraction.product(self.offset_a[...], self.offset_b[...])
         scale = self.scale[...]
         return scale.reshape(scale.shape + (1,) * (product.ndim - scale.ndim)) * product
 

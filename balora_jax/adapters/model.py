@@ -7,6 +7,7 @@ from typing import Any
 
 from flax import nnx
 
+from balora_jax.adapters.initialisation import LORA, Initialisation
 from balora_jax.adapters.lora import LoRALinear, Scaling
 
 
@@ -19,6 +20,7 @@ def add_adapters(
     scaling: Scaling = "lora",
     dropout: float = 0.0,
     layer: Callable[..., nnx.Module] = LoRALinear,
+    initialisation: Initialisation = LORA,
     rngs: nnx.Rngs,
 ) -> tuple[str, ...]:
     """Wraps the chosen linear layers of a model, in place.
@@ -32,6 +34,7 @@ def add_adapters(
         scaling: `"lora"` or `"rslora"`, see `LoRALinear`.
         dropout: see `LoRALinear`.
         layer: the adapter, called as `LoRALinear` is.
+        initialisation: where the factors start, see `LoRALinear`.
         rngs: source of the random numbers.
 
     Returns:
@@ -52,7 +55,15 @@ def add_adapters(
         if module is model:
             raise ValueError("model must hold the layers that get adapters, got a layer; wrap it in LoRALinear instead")
         try:
-            adapters[id(module)] = layer(module, rank=rank, alpha=alpha, scaling=scaling, dropout=dropout, rngs=rngs)
+            adapters[id(module)] = layer(
+                module,
+                rank=rank,
+                alpha=alpha,
+                scaling=scaling,
+                dropout=dropout,
+                initialisation=initialisation,
+                rngs=rngs,
+            )
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path}: {error}") from error
     _swap(model, adapters)  # only now, so that an error leaves the model as it was

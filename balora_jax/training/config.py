@@ -104,6 +104,7 @@ class Config:
     Attributes:
         name: of the experiment; the default output folder is `runs/<name>`.
         method: a name in `balora_jax.methods.METHODS`.
+        options: names and values of the method's own numbers, where they differ from their defaults.
         seed: decides the adapters' start, the order of the data and the dropout.
         model: the frozen base.
         adapter: the adapters.
@@ -115,6 +116,7 @@ class Config:
 
     name: str
     method: str = "lora"
+    options: tuple[tuple[str, float], ...] = ()
     seed: int = 0
     model: ModelSettings = field(default_factory=ModelSettings)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
@@ -282,7 +284,7 @@ def check(config: Config) -> None:
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"seed must be from 0 to 2**32 - 1, got {config.seed}")
     try:
-        get_method(config.method)
+        get_method(config.method).check_options(dict(config.options))
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -305,7 +307,10 @@ def _has_type(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return value in args
     if origin is tuple:
-        return isinstance(value, tuple) and all(_has_type(item, args[0]) for item in value)
+        if not isinstance(value, tuple):
+            return False
+        hints = args[:1] * len(value) if args[-1] is ... else args
+        return len(value) == len(hints) and all(map(_has_type, value, hints))
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:

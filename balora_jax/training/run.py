@@ -283,6 +283,8 @@ def _program(name: str, members: Mapping[str, Config]) -> Program:
 
 def _label(config: Config, field: str) -> str:
     value = get_field(config, field)
+    if field == "options":
+        return "-".join(f"{name}={number:g}" for name, number in value) or "no_options"
     text = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
     text = re.sub(r"[^\w.+-]+", "_", text)
     if len(text) > 40 or (isinstance(value, str) and text != value):

@@ -7,6 +7,7 @@ of the states makes it the step of the population, with the frozen base shared.
 
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from balora_jax.adapters import adapter_scale, add_adapters, iter_adapters
+from balora_jax.adapters import AdapterOffset, adapter_scale, add_adapters, iter_adapters
 from balora_jax.balance import balancing_gap
 from balora_jax.methods import get_method
 from balora_jax.models import Decoder
@@ -33,6 +34,7 @@ class TrainState(NamedTuple):
         adapters: the trained parameters.
         opt_state: the optimizer's state.
         random: the random streams of dropout; empty without dropout.
+        offsets: the products that the adapters started with, frozen; empty for methods that start at zero.
         diverged_at: int32, the step at which a loss or gradient was not finite, or -1. From then on nothing changes.
     """
 
@@ -41,6 +43,7 @@ class TrainState(NamedTuple):
     adapters: nnx.State
     opt_state: Any
     random: nnx.State
+    offsets: nnx.State
     diverged_at: jax.Array
 
 
@@ -84,9 +87,11 @@ class Program:
         self.config = config
         self._method = get_method(config.method)
         self._bare = nnx.split(base_model)
-        model = self._with_adapters(nnx.merge(*self._bare, copy=True), jax.random.key(0), jax.random.key(0))
+        structure = replace(self._method.initialisation, factors=_no_factors)  # the values come from `initial_state`
+        model = nnx.merge(*self._bare, copy=True)
+        self._add_adapters(model, jax.random.key(0), jax.random.key(0), config.adapter.alpha, structure)
         model.train()
-        self._train_graph, *states = nnx.split(model, nnx.LoRAParam, nnx.RngState, ...)
+        self._train_graph, *states = nnx.split(model, nnx.LoRAParam, nnx.RngState, AdapterOffset, ...)
         self.base: nnx.State = states[-1]
         model.eval()
         self._eval_graph = nnx.graphdef(model)
@@ -116,39 +121,44 @@ class Program:
     def member_model(self, state: TrainState, base: nnx.State, *, training: bool = False) -> Decoder:
         """Returns the model of one member: base, adapters and scale."""
         graph = self._train_graph if training else self._eval_graph
-        model = nnx.merge(graph, state.adapters, state.random, base, copy=True)
+        model = nnx.merge(graph, state.adapters, state.random, state.offsets, base, copy=True)
         scale = adapter_scale(state.numbers["adapter.alpha"], self.config.adapter.rank, self._method.scaling)
         for _, adapter in iter_adapters(model):
             adapter.scale[...] = jnp.full_like(adapter.scale[...], scale)
         return model
 
-    def _with_adapters(self, model, adapter_key, dropout_key):
+    def _add_adapters(self, model, adapter_key, dropout_key, alpha, initialisation):
         settings = self.config.adapter
         pattern = len(settings.targets) == 1 and not settings.targets[0].replace(".", "").replace("_", "").isalnum()
         add_adapters(
             model,
             targets=settings.targets[0] if pattern else settings.targets,
             rank=settings.rank,
+            alpha=alpha,
             scaling=self._method.scaling,
             dropout=settings.dropout,
             layer=self._method.layer,
+            initialisation=initialisation,
             rngs=nnx.Rngs(params=adapter_key, dropout=dropout_key),
         )
-        return model
 
     def _transformation(self, numbers) -> optax.GradientTransformation:
         config = self.config
         for name, number in numbers.items():
             config = with_field(config, name, number)
-        return self._method.transformation(config.optimizer, config.balance, config.training.steps)
+        scale = adapter_scale(config.adapter.alpha, config.adapter.rank, self._method.scaling)
+        return self._method.transformation(
+            config.optimizer, config.balance, steps=config.training.steps, scale=scale, options=dict(config.options)
+        )
 
     def _init_member(self, bare, numbers) -> TrainState:
         seed = numbers["seed"]
         model = nnx.merge(self._bare[0], bare, copy=True)
-        model = self._with_adapters(model, named_key(seed, "adapters"), named_key(seed, "dropout"))
-        adapters, random = nnx.state(model, nnx.LoRAParam, nnx.RngState)
+        keys = named_key(seed, "adapters"), named_key(seed, "dropout")
+        self._add_adapters(model, *keys, numbers["adapter.alpha"], self._method.initialisation)
+        adapters, random, offsets = nnx.state(model, nnx.LoRAParam, nnx.RngState, AdapterOffset)
         opt_state = self._transformation(numbers).init(adapters)
-        return TrainState(jnp.int32(0), numbers, adapters, opt_state, random, jnp.int32(-1))
+        return TrainState(jnp.int32(0), numbers, adapters, opt_state, random, offsets, jnp.int32(-1))
 
     def _step(self, states: TrainState, base: nnx.State, batches: Batch) -> tuple[TrainState, dict]:
         """One step of every member; arrays of `batches` are `(members, accumulate, rows, length)`."""
@@ -197,6 +207,12 @@ class Program:
         metrics = {"loss": loss, "gradient_norm": gradient_norm, "update_norm": update_norm}
         metrics |= _balance_metrics(new)
         return new, metrics
+
+
+def _no_factors(key, weight, rank, scale):
+    """Factors of the right shapes, without the work of an initialisation."""
+    *leading, rows, columns = weight.shape
+    return jnp.zeros((*leading, rows, rank)), jnp.zeros((*leading, rank, columns))
 
 
 def _balance_metrics(state: TrainState) -> dict[str, jax.Array]:

@@ -1,0 +1,101 @@
+"""What every method of the table must do, and what it must not."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from balora_jax import balancing_gap, find_pairs
+from balora_jax.methods import METHODS, get_method
+from balora_jax.models.weights import load_decoder
+from balora_jax.pairs import read_pairs
+from balora_jax.training import ConfigError
+from balora_jax.training.checkpoints import Checkpoints
+from balora_jax.training.config import check
+from balora_jax.training.run import load_data
+from balora_jax.training.step import Program, token_losses
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def trained(request, config):
+    """A population of two, trained for some steps; its parts before and after."""
+    config = dataclasses.replace(
+        config, method=request.param, optimizer=dataclasses.replace(config.optimizer, eps=1e-4, learning_rate=1e-2)
+    )
+    members = [config, dataclasses.replace(config, seed=5, adapter=dataclasses.replace(config.adapter, alpha=1.5))]
+    program = Program(config, load_decoder(config.model.path))
+    arrays, _, _ = load_data(config.data)
+    batch = {name: jnp.asarray(rows[:4])[None] for name, rows in arrays.items()}
+
+    def train(members):
+        state = program.initial_state(members)
+        start, history = jax.tree.map(jnp.copy, state), []
+        for _ in range(STEPS):
+            batches = jax.tree.map(lambda rows: jnp.stack([rows] * len(members)), batch)
+            state, metrics = program.step(state, program.base, batches)
+            history.append(jax.device_get(metrics))
+        return start, state, history
+
+    return {"program": program, "batch": batch, "members": members, "train": train, "run": train(members)}
+
+
+def member(state, index):
+    return jax.tree.map(lambda x: x[index], state)
+
+
+def test_contract(trained, tmp_path):
+    program, (start, state, history) = trained["program"], trained["run"]
+    method = get_method(program.config.method)
+
+    # an abstract start has the structure of the real one
+    abstract = jax.eval_shape(lambda: program.initial_state(trained["members"]))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(lambda x: (x.shape, x.dtype), start)
+
+    # the start changes nothing
+    rows = {name: x[0] for name, x in trained["batch"].items()}
+    before, mask = token_losses(load_decoder(program.config.model.path), rows)
+    for index in (0, 1):
+        after, _ = token_losses(program.member_model(member(start, index), program.base), rows)
+        np.testing.assert_allclose(after, before, atol=2e-6)
+    np.testing.assert_allclose(history[0]["loss"], before.sum() / mask.sum(), rtol=1e-5)
+
+    # training lowers the loss of the batch it sees, in one program, and moves what is trained, in float32
+    assert program.step._cache_size() == 1
+    assert np.all(history[-1]["loss"] < history[0]["loss"])
+    assert np.all(np.asarray(state.diverged_at) == -1)
+    for path, (old, new) in enumerate(zip(*(jax.tree.leaves(s.adapters) for s in (start, state)), strict=True)):
+        assert new.dtype == jnp.float32
+        assert not np.array_equal(old, new), path
+    jax.tree.map(np.testing.assert_array_equal, start.offsets, state.offsets)
+
+    # the projection balances
+    pairs = find_pairs(state.adapters)
+    gaps = [float(balancing_gap(*factors).max()) for factors in read_pairs(state.adapters, pairs)]
+    assert (max(gaps) < 1e-5) == method.balanced
+
+    # a checkpoint holds all of it
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(STEPS, state, {})
+    restored, _ = checkpoints.restore(STEPS, start)
+    checkpoints.close()
+    for saved, read in zip(*map(jax.tree.leaves, (state, restored)), strict=True):
+        np.testing.assert_array_equal(*(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+                                        for x in (saved, read)))  # fmt: skip
+
+
+def test_member_of_a_population_trains_as_it_does_alone(trained):
+    _, together, _ = trained["run"]
+    _, alone, _ = trained["train"](trained["members"][1:])
+    for joint, single in zip(*map(jax.tree.leaves, (together.adapters, alone.adapters)), strict=True):
+        np.testing.assert_allclose(joint[1], single[0], atol=5e-5)
+
+
+def test_options_are_checked(config):
+    with pytest.raises(ConfigError, match=r"options must be among those of the method \(none\), got 'ratio'"):
+        check(dataclasses.replace(config, options=(("ratio", 2.0),)))
+    with pytest.raises(ConfigError, match="options must be of type tuple"):
+        check(dataclasses.replace(config, options=(("ratio", "much"),)))
