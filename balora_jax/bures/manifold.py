@@ -16,7 +16,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from balora_jax.balance import balancing_gap
 from balora_jax.bures.matrix_functions import balanced, core_singular_values, polar, solve, sylvester, truncated
@@ -260,9 +259,8 @@ def to_matrix(point: Point, tangent: Tangent | None = None) -> jax.Array:
 
 
 def singular_values(point: Point) -> jax.Array:
-    """The singular values of the matrix, descending, `(..., r)`; constants where they are differentiated."""
-    a, b = (lax.stop_gradient(x) for x in _checked_point(point))
-    return core_singular_values(a, b)
+    """The singular values of the matrix, descending, `(..., r)`; of equal ones only the sum has a derivative."""
+    return core_singular_values(*_checked_point(point))
 
 
 def check_point(point: Point, *, tolerance: float | None = None) -> None:

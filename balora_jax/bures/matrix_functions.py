@@ -146,15 +146,32 @@ def _(primals, tangents):
     return (new_a, new_b), (step_a, step_b.mT)
 
 
+@jax.custom_jvp
 def core_singular_values(left: jax.Array, right: jax.Array) -> jax.Array:
-    """The singular values of `left @ right`, descending, `(..., k)`; without derivatives.
+    """The singular values of `left @ right`, descending, `(..., k)`.
+
+    Of equal ones only the sum has a derivative: `u_i^T dX v_i` for any choice of their singular vectors.
 
     Args:
         left: `(..., a, k)`, `k <= a`.
         right: `(..., k, b)`, `k <= b`.
     """
-    (_, upper_a), (_, upper_b) = qr(left), qr(right.mT)
-    return svd(matmul(upper_a, upper_b.mT))[1]
+    return _core_svd(left, right)[1]
+
+
+@core_singular_values.defjvp
+def _(primals, tangents):
+    (left, right), (step_left, step_right) = primals, tangents
+    u, s, v = _core_svd(left, right)
+    step = matmul(matmul(u.mT, step_left), matmul(right, v)) + matmul(matmul(u.mT, left), matmul(step_right, v))
+    return s, jnp.diagonal(step, axis1=-2, axis2=-1)
+
+
+def _core_svd(left, right):
+    """U, S and V of `left @ right`, within the span of the factors."""
+    (basis_a, upper_a), (basis_b, upper_b) = qr(left), qr(right.mT)
+    u, s, vt = svd(matmul(upper_a, upper_b.mT))
+    return matmul(basis_a, u), s, matmul(basis_b, vt.mT)
 
 
 def _truncated(left, right, rank):
@@ -162,9 +179,8 @@ def _truncated(left, right, rank):
     if left.shape[-1] >= min(left.shape[-2], right.shape[-1]):
         u, s, vt = svd(matmul(left, right))
     else:
-        (basis_a, upper_a), (basis_b, upper_b) = qr(left), qr(right.mT)
-        u, s, vt = svd(matmul(upper_a, upper_b.mT))
-        u, vt = matmul(basis_a, u), matmul(vt, basis_b.mT)
+        u, s, v = _core_svd(left, right)
+        vt = v.mT
     kept, rest = (u[..., :rank], s[..., :rank], vt[..., :rank, :]), (u[..., rank:], s[..., rank:], vt[..., rank:, :])
     root = jnp.sqrt(kept[1])
     return (kept[0] * root[..., None, :], root[..., :, None] * kept[2]), (*kept, *rest)

@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 
 from balora_jax import balance, bures
-from balora_jax.bures.matrix_functions import balanced, polar, solve, sylvester
+from balora_jax.bures.matrix_functions import balanced, core_singular_values, polar, solve, sylvester
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -104,3 +104,18 @@ def test_derivative_of_the_distance():
     check_derivatives(lambda a: bures.distance(bures.Point(a, point.lora_b), other), point.lora_a)
     zero = bures.Tangent(*(0 * x for x in point))
     assert all(np.array_equal(x, 0 * x) for x in jax.grad(lambda t: bures.norm(point, t))(zero))
+
+
+@pytest.mark.parametrize("values", WEIGHTS)
+def test_derivatives_of_singular_values(values):
+    u, v = (jnp.linalg.qr(normal(n, 3, seed=n))[0] for n in (7, 5))
+    root, mix = jnp.sqrt(WEIGHTS[values](3)), definite(3, seed=4)
+    right = jnp.linalg.solve(mix, root[:, None] * v.T)
+    check_derivatives(lambda a: core_singular_values(a, right).sum(), u * root @ mix, order=1)
+    if values == "distinct":
+        weights = jnp.arange(1.0, 4.0)
+        check_derivatives(lambda a: core_singular_values(a, right) @ weights, u * root @ mix, order=1)
+        point = bures.Point(*balance(u * root @ mix, right))
+        gradient = jax.grad(lambda a: bures.singular_values(bures.Point(a, point.lora_b))[0])(point.lora_a)
+        left, _, onward = np.linalg.svd(point.lora_a @ point.lora_b)
+        np.testing.assert_allclose(gradient, np.outer(left[:, 0], onward[0] @ point.lora_b.T), atol=1e-10)
