@@ -13,10 +13,23 @@ from types import MappingProxyType
 import jax
 import optax
 
-from balora_jax.adapters import LORA, OLORA, PISSA, DoRALinear, Initialisation, LoRALinear
+from balora_jax.adapters import LORA, OLORA, PISSA, XAVIER, DoRALinear, Initialisation, LoRALinear
 from balora_jax.adapters.lora import Scaling
 from balora_jax.gauge import Gauge
-from balora_jax.optimizers import OptimizerSettings, adamw
+from balora_jax.optimizers import (
+    OptimizerSettings,
+    adamw,
+    clipped,
+    learning_rate_schedule,
+    lora_plus,
+    lora_pro,
+    lora_rite,
+    loro,
+    reflora,
+    reflora_s,
+    scaled_adamw,
+    scaled_gd,
+)
 from balora_jax.transform import balora
 
 
@@ -99,16 +112,71 @@ class Method:
                 raise ValueError(f"options must be among those of the method ({known}), got {name!r}")
 
 
+def _sgd(settings, steps):
+    return clipped(settings, optax.sgd(learning_rate_schedule(settings, steps)))
+
+
+def _lora_plus(settings, steps, *, ratio=16.0):
+    return lora_plus(adamw(settings, steps), ratio=ratio)
+
+
+def _lora_rite(settings, steps, *, eps=1e-6, skip=1.0, clip_norm=1.0):
+    """Skipping, clipping and eps are the method's own."""
+    rate, shared = learning_rate_schedule(settings, steps), _shared(settings)
+    return lora_rite(rate, **shared, eps=eps, skip=skip, clip_norm=clip_norm)
+
+
+def _reflora(settings, steps, *, warmup_steps=100):
+    rate, shared = learning_rate_schedule(settings, steps), _shared(settings)
+    return clipped(settings, reflora(rate, **shared, eps=settings.eps, warmup_steps=int(warmup_steps)))
+
+
+def _reflora_s(settings, steps, *, warmup_steps=100):
+    rate, shared = learning_rate_schedule(settings, steps), _shared(settings)
+    return clipped(settings, reflora_s(rate, **shared, eps=settings.eps, warmup_steps=int(warmup_steps)))
+
+
+def _loro(settings, steps, *, eps=1e-6, period=100):
+    rate, shared = learning_rate_schedule(settings, steps), _shared(settings)
+    return clipped(settings, loro(rate, **shared, eps=eps, period=int(period)))
+
+
+def _scaled_gd(settings, steps, *, damping=1e-6):
+    return clipped(settings, scaled_gd(learning_rate_schedule(settings, steps), damping=damping))
+
+
+def _scaled_adamw(settings, steps, *, eps=1e-6, damping=1e-6):
+    rate, shared = learning_rate_schedule(settings, steps), _shared(settings)
+    return clipped(settings, scaled_adamw(rate, **shared, eps=eps, damping=damping))
+
+
+def _lora_pro(settings, steps, *, scale, damping=1e-8):
+    rate, shared = learning_rate_schedule(settings, steps), _shared(settings)
+    return clipped(settings, lora_pro(rate, **shared, eps=settings.eps, scale=scale, damping=damping))
+
+
+def _shared(settings):
+    return {"b1": settings.b1, "b2": settings.b2, "weight_decay": settings.weight_decay}
+
+
 METHODS = MappingProxyType(
     {
         "lora": Method("low-rank update of frozen weights (arXiv 2106.09685)"),
         "rslora": Method("LoRA with scale alpha / sqrt(rank) (arXiv 2312.03732)", scaling="rslora"),
+        "lora_plus": Method("B learns faster than A (arXiv 2402.12354)", optimizer=_lora_plus),
         "dora": Method("direction by LoRA, magnitude trained by itself (arXiv 2402.09353)", layer=DoRALinear),
         "olora": Method("LoRA from a QR decomposition of the weight (arXiv 2406.01775)", initialisation=OLORA),
-        "pissa": Method(
-            "LoRA from the leading singular triplets of the weight (arXiv 2404.02948)", initialisation=PISSA
-        ),
+        "pissa": Method("LoRA from the leading singular triplets of a weight (arXiv 2404.02948)", initialisation=PISSA),
+        "lora_rite": Method("adaptive steps that do not see the gauge (arXiv 2410.20625)", optimizer=_lora_rite),
+        "reflora": Method("AdamW of gradients as from the balanced pair (arXiv 2505.18877)", optimizer=_reflora),
+        "reflora_s": Method("AdamW, both factors of one norm (arXiv 2505.18877)", optimizer=_reflora_s),
+        "loro": Method("Adam with exact Riemannian steps (ICLR 2025)", optimizer=_loro, initialisation=XAVIER),
+        "scaled_gd": Method("gradients scaled by Gram matrices (arXiv 2005.08898)", optimizer=_scaled_gd),
+        "scaled_adamw": Method("AdamW of scaled gradients (arXiv 2402.02347)", optimizer=_scaled_adamw),
+        "lora_pro": Method("AdamW of the projected full gradient (arXiv 2407.18242)", optimizer=_lora_pro),
         "balora": Method("LoRA balanced after every step (arXiv 2605.31484)", balanced=True),
+        "balora_gd": Method("gradient descent, balanced: Riemannian (arXiv 2605.31484)", optimizer=_sgd, balanced=True),
+        "balora_plus": Method("LoRA+, balanced", optimizer=_lora_plus, balanced=True),
         "balora_rslora": Method("rsLoRA, balanced", scaling="rslora", balanced=True),
         "balora_dora": Method("DoRA, balanced, which does not change its output", layer=DoRALinear, balanced=True),
         "balora_olora": Method("balanced from OLoRA's start", initialisation=OLORA, balanced=True),

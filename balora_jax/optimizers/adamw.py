@@ -58,6 +58,13 @@ def learning_rate_schedule(settings: OptimizerSettings, steps: int) -> Callable[
     return rate
 
 
+def clipped(settings: OptimizerSettings, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns the optimizer behind the clipping by global norm that the settings ask for."""
+    if settings.clip_norm is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
+
+
 def adamw(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
     """Returns clipping by global norm followed by AdamW.
 
@@ -65,9 +72,6 @@ def adamw(settings: OptimizerSettings, steps: int) -> optax.GradientTransformati
         settings: hyper-parameters; the numbers may be traced arrays.
         steps: number of updates of the whole run.
     """
-    clip = optax.identity() if settings.clip_norm is None else optax.clip_by_global_norm(settings.clip_norm)
     rate = learning_rate_schedule(settings, steps)
-    return optax.chain(
-        clip,
-        optax.adamw(rate, b1=settings.b1, b2=settings.b2, eps=settings.eps, weight_decay=settings.weight_decay),
-    )
+    tx = optax.adamw(rate, b1=settings.b1, b2=settings.b2, eps=settings.eps, weight_decay=settings.weight_decay)
+    return clipped(settings, tx)
