@@ -13,7 +13,7 @@ from types import MappingProxyType
 import jax
 import optax
 
-from balora_jax.adapters import LORA, OLORA, PISSA, XAVIER, DoRALinear, Initialisation, LoRALinear
+from balora_jax.adapters import LORA, LORA_GA, OLORA, PISSA, XAVIER, DoRALinear, Initialisation, LoRALinear
 from balora_jax.adapters.lora import Scaling
 from balora_jax.gauge import Gauge
 from balora_jax.optimizers import (
@@ -58,7 +58,8 @@ class Method:
     Attributes:
         summary: what it does and where it comes from, in a line.
         optimizer: called with the settings and the number of steps, returns the optax transformation. If it has the
-            keyword `scale` it is given s; its other keyword-only parameters are the options of the method.
+            keyword `scale` it is given s; its other keyword-only parameters are options of the method, as are those of
+            the initialisation.
         layer: the adapter layer that wraps a linear layer.
         initialisation: where the adapters start.
         scaling: how the scale follows from `alpha` and the rank.
@@ -76,7 +77,8 @@ class Method:
     def options(self) -> dict[str, float]:
         """The numbers that are this method's own, with their defaults."""
         parameters = inspect.signature(self.optimizer).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "scale"}
+        own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "scale"}
+        return own | dict(self.initialisation.options)
 
     def transformation(
         self,
@@ -100,8 +102,9 @@ class Method:
             ValueError: the method has no such option.
         """
         self.check_options(options)
-        takes_scale = "scale" in inspect.signature(self.optimizer).parameters
-        optimizer = self.optimizer(settings, steps, **({"scale": scale} if takes_scale else {}), **options)
+        given = {"scale": scale, **options}
+        taken = inspect.signature(self.optimizer).parameters
+        optimizer = self.optimizer(settings, steps, **{name: given[name] for name in given if name in taken})
         return balora(optimizer, **dataclasses.asdict(balance)) if self.balanced else optimizer
 
     def check_options(self, options: Mapping[str, float]) -> None:
@@ -167,6 +170,7 @@ METHODS = MappingProxyType(
         "dora": Method("direction by LoRA, magnitude trained by itself (arXiv 2402.09353)", layer=DoRALinear),
         "olora": Method("LoRA from a QR decomposition of the weight (arXiv 2406.01775)", initialisation=OLORA),
         "pissa": Method("LoRA from the leading singular triplets of a weight (arXiv 2404.02948)", initialisation=PISSA),
+        "lora_ga": Method("LoRA along the gradient of the weights (arXiv 2407.05000)", initialisation=LORA_GA),
         "lora_rite": Method("adaptive steps that do not see the gauge (arXiv 2410.20625)", optimizer=_lora_rite),
         "reflora": Method("AdamW of gradients as from the balanced pair (arXiv 2505.18877)", optimizer=_reflora),
         "reflora_s": Method("AdamW, both factors of one norm (arXiv 2505.18877)", optimizer=_reflora_s),
@@ -175,6 +179,7 @@ METHODS = MappingProxyType(
         "scaled_adamw": Method("AdamW of scaled gradients (arXiv 2402.02347)", optimizer=_scaled_adamw),
         "lora_pro": Method("AdamW of the projected full gradient (arXiv 2407.18242)", optimizer=_lora_pro),
         "balora": Method("LoRA balanced after every step (arXiv 2605.31484)", balanced=True),
+        "balora_ga": Method("BaLoRA from LoRA-GA's start (arXiv 2605.31484)", initialisation=LORA_GA, balanced=True),
         "balora_gd": Method("gradient descent, balanced: Riemannian (arXiv 2605.31484)", optimizer=_sgd, balanced=True),
         "balora_plus": Method("LoRA+, balanced", optimizer=_lora_plus, balanced=True),
         "balora_rslora": Method("rsLoRA, balanced", scaling="rslora", balanced=True),

@@ -3,6 +3,7 @@
 from balora_jax.adapters.dora import DoRALinear
 from balora_jax.adapters.initialisation import LORA, OLORA, PISSA, XAVIER, Initialisation
 from balora_jax.adapters.lora import AdapterOffset, AdapterScale, LoRALinear, adapter_scale
+from balora_jax.adapters.lora_ga import LORA_GA, gradient_triplets, lora_ga_start, start_at
 from balora_jax.adapters.model import (
     add_adapters,
     iter_adapters,
@@ -13,6 +14,7 @@ from balora_jax.adapters.model import (
 
 __all__ = [
     "LORA",
+    "LORA_GA",
     "OLORA",
     "PISSA",
     "XAVIER",
@@ -23,8 +25,11 @@ __all__ = [
     "LoRALinear",
     "adapter_scale",
     "add_adapters",
+    "gradient_triplets",
     "iter_adapters",
+    "lora_ga_start",
     "merge_adapters",
     "remove_adapters",
+    "start_at",
     "unmerge_adapters",
 ]

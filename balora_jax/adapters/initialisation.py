@@ -5,8 +5,8 @@ nothing; see `LoRALinear.offset`. Weights are `W (in, out)`, as Flax keeps them:
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,12 @@ class Initialisation:
         factors: `(key, weight, rank, scale) -> (lora_a, lora_b)`, arrays `(..., in, out)` to `(..., in, r)` and
             `(..., r, out)`, float32. The weight may be stacked; `scale` is s, which may be traced.
         offset: whether the product is not zero and is taken out of the base.
+        options: numbers of its own, with their defaults.
     """
 
     factors: Callable[[jax.Array, jax.Array, int, jax.typing.ArrayLike], Factors]
     offset: bool = True
+    options: Mapping[str, float] = field(default_factory=dict)
 
 
 def uniform_and_zero(key: jax.Array, weight: jax.Array, rank: int, scale: jax.typing.ArrayLike) -> Factors:

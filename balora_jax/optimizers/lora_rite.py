@@ -93,7 +93,7 @@ def lora_rite(
         no other. The released PyTorch code is followed, with its eps, skipping and clipping; the paper's escape mass,
         which that code leaves off by default, is not here.
 
-    Source: arXiv 2410.20625 (algorithm 1).
+    Source: arXiv 2410.20625.
 
     >>> params = {"lora_a": 2.0 * jnp.eye(3, 2), "lora_b": jnp.zeros((2, 3))}
     >>> tx = lora_rite(0.1)

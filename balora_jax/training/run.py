@@ -120,7 +120,7 @@ class Trainer:
         self._record_results(state)
 
     def _resume(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
-        state = self._program.initial_state(list(self._members.values()))
+        state = self._program.initial_state(list(self._members.values()), self._gradient_batches())
         step = checkpoints.latest_step()
         if step is None:
             recorded = self._directory.of("checkpoint", population=self._name)
@@ -231,6 +231,16 @@ class Trainer:
                 }
             )
         self._directory.append(records)
+
+    def _gradient_batches(self) -> dict[int, Arrays]:
+        """The first rows that each seed's start from gradients sees, `(batches, rows, length)`."""
+        count, rows = self._program.gradient_batches
+        found = {}
+        for seed in self._iterators if count else ():
+            iterator = batches(self._train_arrays, batch_size=rows, seed=seed)
+            drawn = [next(iterator) for _ in range(count)]
+            found[seed] = {name: np.stack([batch[name] for batch in drawn]) for name in drawn[0]}
+        return found
 
     def _batches(self, seed: int) -> grain.DatasetIterator:
         settings = self._config.training

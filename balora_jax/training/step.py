@@ -6,7 +6,7 @@ of the states makes it the step of the population, with the frozen base shared.
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from balora_jax.adapters import AdapterOffset, adapter_scale, add_adapters, iter_adapters
+from balora_jax.adapters import (
+    LORA_GA,
+    AdapterOffset,
+    adapter_scale,
+    add_adapters,
+    iter_adapters,
+    lora_ga_start,
+    start_at,
+)
 from balora_jax.balance import balancing_gap
 from balora_jax.methods import get_method
 from balora_jax.models import Decoder
@@ -69,6 +77,11 @@ def token_losses(model: nnx.Module, batch: Batch) -> tuple[jax.Array, jax.Array]
     return jnp.where(mask, losses, 0.0), mask
 
 
+def _mean_loss(model: nnx.Module, batch: Batch) -> jax.Array:
+    losses, mask = token_losses(model, batch)
+    return losses.sum() / jnp.maximum(mask.sum(), 1)
+
+
 class Program:
     """The compiled functions of the runs that share everything but the numeric fields.
 
@@ -86,6 +99,7 @@ class Program:
         """
         self.config = config
         self._method = get_method(config.method)
+        self._options = self._method.options | dict(config.options)
         self._bare = nnx.split(base_model)
         structure = replace(self._method.initialisation, factors=_no_factors)  # the values come from `initial_state`
         model = nnx.merge(*self._bare, copy=True)
@@ -98,13 +112,36 @@ class Program:
         self.step = jax.jit(self._step, donate_argnums=0)
         self.evaluate = jax.jit(self._evaluate)
 
-    def initial_state(self, members: Sequence[Config]) -> TrainState:
-        """Returns the state of a population before its first step."""
+    @property
+    def gradient_batches(self) -> tuple[int, int]:
+        """How many batches of how many rows the start of the adapters takes; none for most methods."""
+        if self._method.initialisation is not LORA_GA:
+            return 0, 0
+        return int(self._options["gradient_batches"]), int(self._options["gradient_batch_size"])
+
+    def initial_state(
+        self, members: Sequence[Config], batches: Mapping[int, Mapping[str, Any]] | None = None
+    ) -> TrainState:
+        """Returns the state of a population before its first step.
+
+        Args:
+            members: the configs.
+            batches: for methods that start from gradients, arrays `(*gradient_batches, length)` for each seed.
+
+        Raises:
+            ValueError: the start does not fit a layer.
+        """
         numbers = {
             name: jnp.asarray([get_field(m, name) for m in members], jnp.uint32 if name == "seed" else jnp.float32)
             for name in NUMERIC_FIELDS
         }
-        return jax.jit(jax.vmap(self._init_member, in_axes=(None, 0)))(self._bare[1], numbers)
+        starts = None
+        if self.gradient_batches[0]:
+            if batches is None:
+                raise ValueError(f"batches must be given for {self.config.method}, which starts from gradients")
+            by_seed = {seed: self._gradient_start(seed, rows) for seed, rows in batches.items()}
+            starts = jax.tree.map(lambda *x: jnp.stack(x), *(by_seed[member.seed] for member in members))
+        return jax.jit(jax.vmap(self._init_member, in_axes=(None, 0, 0)))(self._bare[1], numbers, starts)
 
     def over_members(self, function: Callable, *arguments: Any) -> Any:
         """Applies a function to every member, `training.members_at_once` at a time.
@@ -127,12 +164,30 @@ class Program:
             adapter.scale[...] = jnp.full_like(adapter.scale[...], scale)
         return model
 
+    def _gradient_start(self, seed: int, batches: Mapping[str, Any]):
+        model = nnx.merge(*self._bare, copy=True)
+        model.eval()
+        return lora_ga_start(
+            model,
+            _mean_loss,
+            batches,
+            targets=self._targets,
+            rank=self.config.adapter.rank,
+            key=named_key(seed, "gradient"),
+            gamma=self._options["gamma"],
+        )
+
+    @property
+    def _targets(self) -> str | tuple[str, ...]:
+        targets = self.config.adapter.targets
+        pattern = len(targets) == 1 and not targets[0].replace(".", "").replace("_", "").isalnum()
+        return targets[0] if pattern else targets
+
     def _add_adapters(self, model, adapter_key, dropout_key, alpha, initialisation):
         settings = self.config.adapter
-        pattern = len(settings.targets) == 1 and not settings.targets[0].replace(".", "").replace("_", "").isalnum()
         add_adapters(
             model,
-            targets=settings.targets[0] if pattern else settings.targets,
+            targets=self._targets,
             rank=settings.rank,
             alpha=alpha,
             scaling=self._method.scaling,
@@ -151,11 +206,13 @@ class Program:
             config.optimizer, config.balance, steps=config.training.steps, scale=scale, options=dict(config.options)
         )
 
-    def _init_member(self, bare, numbers) -> TrainState:
+    def _init_member(self, bare, numbers, starts) -> TrainState:
         seed = numbers["seed"]
         model = nnx.merge(self._bare[0], bare, copy=True)
         keys = named_key(seed, "adapters"), named_key(seed, "dropout")
         self._add_adapters(model, *keys, numbers["adapter.alpha"], self._method.initialisation)
+        if starts is not None:
+            start_at(model, starts)
         adapters, random, offsets = nnx.state(model, nnx.LoRAParam, nnx.RngState, AdapterOffset)
         opt_state = self._transformation(numbers).init(adapters)
         return TrainState(jnp.int32(0), numbers, adapters, opt_state, random, offsets, jnp.int32(-1))

@@ -24,15 +24,24 @@ STEPS = 3
 def trained(request, config):
     """A population of two, trained for some steps; its parts before and after."""
     config = dataclasses.replace(
-        config, method=request.param, optimizer=dataclasses.replace(config.optimizer, eps=1e-4, learning_rate=1e-2)
+        config,
+        method=request.param,
+        options=(("gradient_batches", 3),) if request.param in ("lora_ga", "balora_ga") else (),
+        optimizer=dataclasses.replace(config.optimizer, eps=1e-4, learning_rate=1e-2),
     )
     members = [config, dataclasses.replace(config, seed=5, adapter=dataclasses.replace(config.adapter, alpha=1.5))]
     program = Program(config, load_decoder(config.model.path))
     arrays, _, _ = load_data(config.data)
     batch = {name: jnp.asarray(rows[:4])[None] for name, rows in arrays.items()}
 
+    count, size = program.gradient_batches
+    gradient = {name: jnp.asarray(rows[: count * size]).reshape(count, size, -1) for name, rows in arrays.items()}
+
+    def begin(members):
+        return program.initial_state(members, {member.seed: gradient for member in members})
+
     def train(members):
-        state = program.initial_state(members)
+        state = begin(members)
         start, history = jax.tree.map(jnp.copy, state), []
         for _ in range(STEPS):
             batches = jax.tree.map(lambda rows: jnp.stack([rows] * len(members)), batch)
@@ -40,7 +49,8 @@ def trained(request, config):
             history.append(jax.device_get(metrics))
         return start, state, history
 
-    return {"program": program, "batch": batch, "members": members, "train": train, "run": train(members)}
+    run = train(members)
+    return {"program": program, "batch": batch, "members": members, "begin": begin, "train": train, "run": run}
 
 
 def member(state, index):
@@ -52,7 +62,7 @@ def test_contract(trained, tmp_path):
     method = get_method(program.config.method)
 
     # an abstract start has the structure of the real one
-    abstract = jax.eval_shape(lambda: program.initial_state(trained["members"]))
+    abstract = jax.eval_shape(lambda: trained["begin"](trained["members"]))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(lambda x: (x.shape, x.dtype), start)
 
     # the start changes nothing
