@@ -81,12 +81,15 @@ def riemannian_gradient_descent(
         A `Descent`.
 
     Raises:
-        ValueError: the metric is unknown, or the point has leading axes.
+        ValueError: the metric is unknown, the point has leading axes, or `steps` is no count.
     """
     if metric not in _METRICS:
         raise ValueError(f"metric must be one of {', '.join(_METRICS)}, got {metric!r}")
-    if point[0].ndim != 2:
-        raise ValueError(f"the point must not have leading axes, got shape {point[0].shape}; use vmap")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps must be an integer of at least 0, got {steps!r}")
+    point = Point(*(jnp.asarray(x) for x in point))
+    if point.lora_a.ndim != 2:
+        raise ValueError(f"the point must not have leading axes, got shape {point.lora_a.shape}; use vmap")
     direction, move = _METRICS[metric]
     size_of = step_size if callable(step_size) else lambda _: step_size
     value_and_gradient = jax.value_and_grad(objective, (0, 1))
@@ -116,9 +119,9 @@ def riemannian_gradient_descent(
         moved = move(point, _scaled(tangent, -size))
         new = jax.tree.map(lambda x, y: jnp.where(size == 0, y, x).astype(y.dtype), moved, point)
         record = loss, jnp.sqrt(jnp.maximum(slope, 0)), singular_values(point), size
-        return (new, size / SHRINKAGE if search else start), record
+        longer = jnp.where(slope > 0, size / SHRINKAGE, size)  # where nothing is left to gain, any step is taken
+        return (new, longer if search else start), record
 
-    point = Point(*point)
     first = jnp.asarray(size_of(jnp.zeros((), int)), point.lora_a.dtype)
     (point, _), record = lax.scan(step, (point, first), jnp.arange(steps))
     return Descent(point, *record)

@@ -77,9 +77,11 @@ def projection(point: Point, direction: Tangent | Ambient) -> Tangent:
     gram_a, gram_b = matmul(a.mT, a), matmul(b, b.mT)
     if isinstance(direction, Tangent):
         _check_direction(point, direction)
-        step_a, step_b = direction
-        vertical = sylvester(gram_a, gram_b, matmul(a.mT, step_a) - matmul(step_b, b.mT))
-        return Tangent(step_a - matmul(a, vertical), step_b + matmul(vertical, b))
+        for _ in range(2):  # the second time for what an ill-conditioned equation left
+            step_a, step_b = direction
+            vertical = sylvester(gram_a, gram_b, matmul(a.mT, step_a) - matmul(step_b, b.mT))
+            direction = Tangent(step_a - matmul(a, vertical), step_b + matmul(vertical, b))
+        return direction
     forth, back = _times(point, direction)
     core = matmul(a.mT, forth)
     # A^T xi B^T = P K + K Q for K = A^T dA = dB B^T
@@ -172,7 +174,7 @@ def transport(point: Point, other: Point, tangent: Tangent) -> Tangent:
     """
     _check_direction(point, tangent)
     _check_direction(point, other, "other")
-    return projection(other, Tangent(*_turned(tangent, _rotation(point, other))))
+    return projection(other, _turned(Tangent(*tangent), _rotation(point, other)))
 
 
 def distance(point: Point, other: Point) -> jax.Array:
@@ -190,7 +192,7 @@ def distance(point: Point, other: Point) -> jax.Array:
         ValueError: the shapes do not fit.
     """
     _check_direction(point, other, "other")
-    turned = _turned(point, _rotation(point, other))
+    turned = _turned(Point(*point), _rotation(point, other))
     return _root(sum(((x - y) ** 2).sum((-2, -1)) for x, y in zip(turned, other, strict=True)))
 
 
@@ -299,19 +301,21 @@ def check_tangent(point: Point, tangent: Tangent, *, tolerance: float | None = N
     Args:
         point: X.
         tangent: what is checked.
-        tolerance: the largest vertical part, relative to the whole; 100 times the rounding of the dtype if None.
+        tolerance: the largest `||A^T dA - dB B^T||` relative to `||(A, B)|| ||(dA, dB)||`; 100 times the rounding of
+            the dtype if None.
     """
     _check_direction(point, tangent)
     tolerance = 100 * float(jnp.finfo(point[0].dtype).eps) if tolerance is None else tolerance
     for name, factor in zip(Tangent._fields, tangent, strict=True):
         if not np.isfinite(np.asarray(factor)).all():
             raise ValueError(f"{name} of the tangent vector must be finite")
-    horizontal = projection(point, Tangent(*tangent))
-    rest = norm(point, Tangent(*(x - y for x, y in zip(tangent, horizontal, strict=True))))
-    part = float(jnp.max(rest / jnp.maximum(norm(point, Tangent(*tangent)), jnp.finfo(rest.dtype).tiny)))
+    (a, b), (step_a, step_b) = (tuple(np.asarray(x, float) for x in pair) for pair in (point, tangent))
+    slope = np.linalg.norm(a.mT @ step_a - step_b @ b.mT, axis=(-2, -1))
+    sizes = [np.sqrt((x**2).sum((-2, -1)) + (y**2).sum((-2, -1))) for x, y in ((a, b), (step_a, step_b))]
+    part = float(np.max(slope / np.maximum(sizes[0] * sizes[1], np.finfo(float).tiny)))
     if not part <= tolerance:
         raise ValueError(
-            f"the direction must be horizontal to {tolerance:.1e}, got a vertical part of {part:.1e}; see `projection`"
+            f"the direction must be horizontal, A^T dA = dB B^T, to {tolerance:.1e}, got {part:.1e}; see `projection`"
         )
 
 
@@ -391,5 +395,5 @@ def _turned(pair, rotation):
 
 def _root(square):
     """The square root, with derivative 0 at 0."""
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+    zero = square == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))

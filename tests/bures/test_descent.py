@@ -165,8 +165,17 @@ def test_a_search_that_finds_nothing_stays():
 
 def test_bad_arguments_raise():
     _, loss, point = problem()
+    with pytest.raises(ValueError, match=r"steps must be an integer of at least 0, got 2\.5"):
+        bures.riemannian_gradient_descent(loss, point, steps=2.5)
     with pytest.raises(ValueError, match="metric must be one of bures, embedded, scaled, got 'euclidean'"):
         bures.riemannian_gradient_descent(loss, point, steps=1, metric="euclidean")
     stacked = jax.tree.map(lambda x: x[None], point)
     with pytest.raises(ValueError, match="leading axes"):
         bures.riemannian_gradient_descent(loss, stacked, steps=1)
+
+
+def test_a_constant_objective_does_not_make_the_step_overflow():
+    _, _, point = problem()
+    descent = bures.riemannian_gradient_descent(lambda a, b: 0 * a.sum(), point, steps=2000, search=True)
+    assert float(descent.step_sizes[-1]) == 1.0
+    np.testing.assert_allclose(bures.to_matrix(descent.point), bures.to_matrix(point), atol=1e-12)

@@ -352,7 +352,7 @@ def test_check_point_says_why_not(case):
 def test_check_tangent_says_why_not():
     point = bures.random_point(jax.random.key(0), (9, 5), 3)
     (tangent,) = tangents(point, 1)
-    with pytest.raises(ValueError, match=r"horizontal.*vertical part"):
+    with pytest.raises(ValueError, match=r"horizontal, A\^T dA = dB B\^T, to .*, got"):
         bures.check_tangent(point, Tangent(tangent.lora_a, 2 * tangent.lora_b))
     with pytest.raises(ValueError, match="shapes of the point"):
         bures.check_tangent(point, Tangent(tangent.lora_b, tangent.lora_a))
@@ -395,3 +395,34 @@ def test_bad_arguments_raise(case):
     call, error, message = BAD_CALLS[case]
     with pytest.raises(error, match=message):
         call(point, tangents(point, 1)[0])
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
+def test_projections_of_ill_conditioned_points_are_horizontal(condition):
+    u, v = (np.linalg.qr(np.random.default_rng(n).standard_normal((n, 4)))[0] for n in (9, 6))
+    point = rotated(Point(*(jnp.asarray(x) for x in (u * np.geomspace(1, condition, 4) ** 0.5,
+                                                     (v * np.geomspace(1, condition, 4) ** 0.5).T))))  # fmt: skip
+    rng = np.random.default_rng(1)
+    bures.check_tangent(point, bures.projection(point, Tangent(*(rng.standard_normal(x.shape) for x in point))))
+    bures.check_tangent(point, bures.projection(point, jnp.asarray(ambient(point))))
+    bures.check_tangent(point, bures.random_tangent_vector(jax.random.key(0), point))
+
+
+def test_nan_is_not_passed_over():
+    point = bures.random_point(jax.random.key(0), (6, 5), 2)
+    broken = Point(point.lora_a * jnp.nan, point.lora_b)
+    (tangent,) = tangents(point, 1)
+    assert np.isnan(bures.distance(point, broken))
+    assert np.isnan(bures.norm(point, Tangent(tangent.lora_a * jnp.nan, tangent.lora_b)))
+    with pytest.raises(ValueError, match="horizontal"):
+        bures.check_tangent(broken, tangent)
+
+
+def test_any_pair_of_arrays_is_a_point():
+    point, other = (bures.random_point(jax.random.key(k), (6, 5), 2) for k in (0, 1))
+    (tangent,) = tangents(point, 1)
+    np.testing.assert_array_equal(bures.distance(tuple(point), tuple(other)), bures.distance(point, other))
+    for x, y in zip(
+        bures.transport(tuple(point), tuple(other), tuple(tangent)), bures.transport(point, other, tangent), strict=True
+    ):
+        np.testing.assert_array_equal(x, y)
