@@ -194,6 +194,14 @@ def test_a_fresh_adapter_moves_b_and_then_a(scalar):
         assert np.abs(second_a / np.linalg.norm(second_a) - a / np.linalg.norm(a)).max() > 1e-3
 
 
+def test_factors_that_stay_zero_are_not_rescaled():
+    params, tx = two_pairs(), reflora_s(0.05, warmup_steps=0)
+    params["lora_b"] = 0 * params["lora_b"]
+    grads = {name: jnp.cos(x) * (not name.startswith("lora")) for name, x in params.items()}
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    assert [name for name, step in updates.items() if not step.any()] == ["lora_a", "lora_b"]
+
+
 def test_the_gradient_step_does_not_depend_on_the_split():
     """And is that of the balanced factors, taken back; the definition is tried on factors of condition 1e3."""
     rng, a, b = np.random.default_rng(1), *make_pairs()[0]
