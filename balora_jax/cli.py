@@ -16,6 +16,7 @@ from balora_jax.training.config import (
     Sweep,
     combinations,
     field_names,
+    get_field,
     load_config,
     suggestion,
     with_fields,
@@ -72,6 +73,9 @@ def apply_overrides(
 ) -> tuple[Config, Sweep, Path | None]:
     """Applies dotted flags to a config; a field that is set this way is no longer swept.
 
+    Of a sweep of several mappings, those stay that hold the value that is set, so that flags pick out runs of the
+    sweep; if none does, all stay.
+
     Args:
         config: the file's config.
         sweep: the file's sweep.
@@ -102,9 +106,13 @@ def _without(config: Config, sweep: Sweep, overridden: list[str]) -> Sweep:
     mappings = [sweep] if isinstance(sweep, Mapping) else list(sweep)
     if not any(name in mapping for mapping in mappings for name in overridden):
         return sweep
+
+    def holds(mapping):
+        return all(get_field(config, name) in mapping[name] for name in overridden if name in mapping)
+
     runs: list[Config] = []
     kept: list[dict] = []
-    for mapping in mappings:
+    for mapping in [mapping for mapping in mappings if holds(mapping)] or mappings:
         for choice in combinations({name: values for name, values in mapping.items() if name not in overridden}):
             run = with_fields(config, choice)
             if run not in runs:

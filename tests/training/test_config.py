@@ -73,6 +73,23 @@ def test_override_of_a_field_that_distinguishes_mappings_merges_them():
     assert str(output) == "there"
 
 
+def test_an_override_picks_the_mappings_that_hold_its_value():
+    sweep = [
+        {"method": ("lora", "dora"), "optimizer.learning_rate": (0.1, 0.2), "seed": (0, 1)},
+        {"method": ("olora",), "optimizer.learning_rate": (0.01, 0.02), "seed": (0, 1)},
+    ]
+    flags = ["--method", "olora", "--optimizer.learning-rate", "0.02"]
+    config, remaining, _ = apply_overrides(BASE, sweep, flags)
+    assert [(r.method, r.optimizer.learning_rate, r.seed) for r in expand(config, remaining)] == [
+        ("olora", 0.02, 0),
+        ("olora", 0.02, 1),
+    ]
+    _, remaining, _ = apply_overrides(BASE, sweep, ["--method", "olora"])
+    assert remaining == [{"optimizer.learning_rate": (r,), "seed": (s,)} for r in (0.01, 0.02) for s in (0, 1)]
+    _, remaining, _ = apply_overrides(BASE, sweep, ["--optimizer.learning-rate", "0.5"])
+    assert [choice["method"] for choice in remaining] == [("lora",)] * 2 + [("dora",)] * 2 + [("olora",)] * 2
+
+
 def test_runs_that_an_override_makes_equal_are_one():
     """One mapping holds the other's runs once the field that told them apart is set."""
     sweep = [{"method": ("lora",), "seed": (0, 1)}, {"method": ("balora",), "adapter.rank": (4, 8), "seed": (0, 1)}]

@@ -1,0 +1,194 @@
+"""Comparing finished runs: the best cell of every method, and its difference from a reference, seed by seed."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from balora_jax.training.records import Record, RunError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished member of a run directory.
+
+    Attributes:
+        config: its config, nested, as in `config.json`.
+        result: its result record.
+        curve: its evaluation losses by step.
+    """
+
+    config: Mapping[str, Any]
+    result: Record
+    curve: Mapping[int, float]
+
+    def field(self, name: str) -> Any:
+        """Returns the config's value of a dotted name; a list becomes a tuple."""
+        value: Any = self.config
+        for part in name.split("."):
+            value = value[part]
+        return _hashable(value)
+
+    @property
+    def loss(self) -> float:
+        """The final evaluation loss; infinite if the run diverged."""
+        return float(self.result["evaluation_loss"]) if self.result["diverged_at"] < 0 else math.inf
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The runs of one method that differ in their seed alone.
+
+    Attributes:
+        values: of the fields that were searched.
+        runs: by seed.
+        on_edge: the searched fields whose value is the least or greatest of three or more that were tried.
+        searched: number of runs in all cells of the search, and how many of them diverged.
+    """
+
+    values: Mapping[str, Any]
+    runs: Mapping[int, Run]
+    on_edge: tuple[str, ...]
+    searched: tuple[int, int]
+
+    @property
+    def losses(self) -> list[float]:
+        """The final losses, in the order of the seeds."""
+        return [self.runs[seed].loss for seed in sorted(self.runs)]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean difference of paired values and its confidence interval.
+
+    Attributes:
+        mean: of the differences.
+        half_width: of the 95 % confidence interval by Student's t.
+        better: in how many pairs the value is below the reference.
+        n: number of pairs.
+    """
+
+    mean: float
+    half_width: float
+    better: int
+    n: int
+
+    @property
+    def verdict(self) -> str:
+        """`"better"` or `"worse"` where the interval excludes 0, else `"undecided"`."""
+        if abs(self.mean) <= self.half_width:
+            return "undecided"
+        return "better" if self.mean < 0 else "worse"
+
+
+def load_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[Record]]:
+    """Reads finished run directories.
+
+    Args:
+        folders: outputs of `balora-jax run`, of a whole sweep or of parts of it.
+
+    Returns:
+        All members, and the environments in which they ran.
+
+    Raises:
+        RunError: a folder holds no run, or members that have not finished.
+        ValueError: two folders hold the same member.
+    """
+    runs: list[Run] = []
+    environments: list[Record] = []
+    for folder in map(Path, folders):
+        try:
+            configs = json.loads((folder / "config.json").read_text())
+            records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            environments += json.loads((folder / "environment.json").read_text())
+        except (OSError, ValueError) as error:
+            raise RunError(f"{folder} must be the output of a finished run: {error}") from error
+        results = {r["member"]: r for r in records if r["kind"] == "result"}
+        curves: dict[str, dict[int, float]] = {}
+        for record in records:
+            if record["kind"] == "evaluation":
+                curves.setdefault(record["member"], {})[record["step"]] = float(record["evaluation_loss"])
+        missing = [member for member in configs if member not in results]
+        if missing:
+            raise RunError(f"{folder} has not finished: {missing[0]} has no result; run the same command again")
+        for member, config in configs.items():
+            run = Run(config, results[member], curves[member])
+            if any(run.config == other.config for other in runs):
+                raise ValueError(f"{folder} holds {member}, which another folder holds too")
+            runs.append(run)
+    return runs, environments
+
+
+def sorted_by(runs: Iterable[Run], key: Callable[[Run], Hashable]) -> dict[Any, list[Run]]:
+    """Returns the runs in groups, in the order in which they first appear."""
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return groups
+
+
+def best_cell(runs: Sequence[Run], fields: Sequence[str]) -> Cell | None:
+    """Returns the cell with the lowest mean final loss.
+
+    Args:
+        runs: of one method.
+        fields: the fields that were searched, by dotted names.
+
+    Returns:
+        The cell; None if every cell has a diverged run.
+
+    Raises:
+        ValueError: two runs of a cell have the same seed.
+    """
+    cells = sorted_by(runs, lambda run: tuple(run.field(name) for name in fields))
+    best = min(cells, key=lambda cell: statistics.fmean(run.loss for run in cells[cell]))
+    by_seed = {run.field("seed"): run for run in cells[best]}
+    if len(by_seed) < len(cells[best]):
+        raise ValueError(f"runs must differ in {', '.join(fields)} and the seed alone, got two of one seed at {best}")
+    if not all(math.isfinite(run.loss) for run in cells[best]):
+        return None
+    edges = []
+    for index, name in enumerate(fields):
+        tried = sorted({cell[index] for cell in cells})
+        if len(tried) > 2 and best[index] in (tried[0], tried[-1]):
+            edges.append(name)
+    diverged = sum(not math.isfinite(run.loss) for run in runs)
+    return Cell(dict(zip(fields, best, strict=True)), by_seed, tuple(edges), (len(runs), diverged))
+
+
+def paired_difference(values: Sequence[float], references: Sequence[float]) -> Difference:
+    """Returns the mean of `values - references` with its 95 % confidence interval (Student's t, paired).
+
+    Args:
+        values: one number for each seed.
+        references: those of the reference, in the same order.
+
+    Raises:
+        ValueError: the lengths differ, or there are fewer than two.
+    """
+    if len(values) != len(references) or len(values) < 2:
+        raise ValueError(f"values and references must be as many, at least 2, got {len(values)} and {len(references)}")
+    differences = [x - y for x, y in zip(values, references, strict=True)]
+    n = len(differences)
+    half_width = stats.t.ppf(0.975, n - 1) * statistics.stdev(differences) / math.sqrt(n)
+    return Difference(statistics.fmean(differences), float(half_width), sum(d < 0 for d in differences), n)
+
+
+def compare(cell: Cell, reference: Cell) -> Difference:
+    """Returns `paired_difference` of the final losses of two cells over their common seeds.
+
+    Raises:
+        ValueError: the cells have other seeds.
+    """
+    if cell.runs.keys() != reference.runs.keys():
+        raise ValueError(f"cells must have the same seeds, got {sorted(cell.runs)} and {sorted(reference.runs)}")
+    return paired_difference(cell.losses, reference.losses)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value

@@ -1,0 +1,40 @@
+"""Does more rank help? Six methods at ranks 8 to 128, a grid of learning rates each, five seeds.
+
+Command:   balora-jax run configs/rank_ablation.py
+           a part of it: add --adapter.rank 64, --method dora, --optimizer.learning-rate 0.001, --seed 3
+Time:      about two and a half hours on two CPU cores
+Model:     school-math, as in quickstart.py; its layers are 160 and 480 wide, so rank 128 is nearly full
+Data:      the five modules of quickstart.py; members of one seed see the same rows in the same order
+Item:      figure 5 and table 7 of arXiv 2605.31484, there Qwen2.5-3B on a billion tokens of DeepMind Mathematics: LoRA
+           goes from 1.035 at rank 8 to 1.030 at rank 128, BaLoRA from 1.026 to 1.014
+Expected:  experiments/comparison has the recorded outcome.
+Differs:   model, data and length of training are smaller by orders of magnitude; the scale is 2 at every rank
+"""
+
+from balora_jax.data.recipes import DataSettings
+from balora_jax.training import AdapterSettings, Config, TrainingSettings
+
+config = Config(
+    name="rank_ablation",
+    adapter=AdapterSettings(rank=8, alpha=16.0),
+    data=DataSettings(
+        modules=(
+            "algebra__linear_2d",
+            "arithmetic__add_or_sub_in_base",
+            "calculus__differentiate",
+            "polynomials__add",
+            "polynomials__expand",
+        ),
+        difficulty=(1, 2),
+        train_examples=20_000,
+        eval_examples=100,
+        length=128,
+    ),
+    training=TrainingSettings(
+        steps=100,
+        batch_size=4,
+        eval_every=50,
+        checkpoint_every=100,
+        members_at_once=1,
+    ),
+)

@@ -1,0 +1,82 @@
+"""The heat maps of learning rate x scale: `python experiments/comparison/sensitivity.py RUN ...`.
+
+RUN are output folders of `balora-jax run configs/sensitivity.py`. A cell is the mean final evaluation loss over its
+seeds; a method is as little sensitive as it has many cells near its best one.
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from tables import write
+
+from balora_jax.training.comparison import load_runs, sorted_by
+
+NEAR = 1.1
+"""A cell is near the best one if its loss is below so many times the best."""
+
+
+def draw(maps: dict[str, np.ndarray], rates: list[float], scales: list[float]):
+    """One heat map for each method, on one scale of colours; crosses where a run diverged."""
+    finite = np.concatenate([grid[np.isfinite(grid)] for grid in maps.values()])
+    figure, panels = plt.subplots(1, len(maps), figsize=(3 * len(maps), 3.4), sharey=True, layout="constrained")
+    for axes, (method, grid) in zip(panels, maps.items(), strict=True):
+        image = axes.imshow(np.where(np.isfinite(grid), grid, np.nan), vmin=finite.min(), vmax=np.quantile(finite, 0.9))
+        for i, j in np.ndindex(grid.shape):
+            text = f"{grid[i, j]:.2f}" if np.isfinite(grid[i, j]) else "x"
+            axes.text(j, i, text, ha="center", va="center", fontsize=7, color="w" if text != "x" else "k")
+        axes.set(title=method, xlabel="learning rate", xticks=range(len(rates)), yticks=range(len(scales)))
+        axes.set_xticklabels([f"{rate:g}" for rate in rates], rotation=45)
+        axes.set_yticklabels([f"{scale:g}" for scale in scales])
+    panels[0].set_ylabel("scale s")
+    figure.colorbar(image, ax=panels, label="evaluation loss")
+    return figure
+
+
+def main() -> None:
+    """Reads the runs, writes record, table and figure."""
+    runs, environments = load_runs(map(Path, sys.argv[1:]))
+    rates = sorted({run.field("optimizer.learning_rate") for run in runs})
+    scales = sorted({run.field("adapter.alpha") / run.field("adapter.rank") for run in runs})
+    maps, rows = {}, []
+    for method, group in sorted_by(runs, lambda run: run.field("method")).items():
+        grid = np.full((len(scales), len(rates)), np.nan)
+        cells = sorted_by(group, lambda run: (run.field("adapter.alpha"), run.field("optimizer.learning_rate")))
+        for (alpha, rate), members in cells.items():
+            index = scales.index(alpha / members[0].field("adapter.rank")), rates.index(rate)
+            grid[index] = np.mean([run.loss for run in members])
+        if np.isnan(grid).any():
+            raise SystemExit(f"{method} must have a run at every learning rate and scale")
+        maps[method] = grid
+        i, j = np.unravel_index(grid.argmin(), grid.shape)
+        rows.append(
+            {
+                "method": method,
+                "learning_rates": rates,
+                "scales": scales,
+                "evaluation_loss": [[float(x) if np.isfinite(x) else str(x) for x in row] for row in grid],
+                "best": {"loss": float(grid[i, j]), "learning_rate": rates[j], "scale": scales[i]},
+                "near_best": int((grid < NEAR * grid.min()).sum()),
+                "cells": grid.size,
+                "seeds": len({run.field("seed") for run in group}),
+                "diverged": int(sum(not np.isfinite(run.loss) for run in group)),
+            }
+        )
+    table = [["method", "best loss", "at learning rate, scale", "cells within 10 % of it", "seeds", "diverged"]]
+    table += [
+        [
+            row["method"],
+            f"{row['best']['loss']:.4f}",
+            f"{row['best']['learning_rate']:g}, {row['best']['scale']:g}",
+            f"{row['near_best']} of {row['cells']}",
+            str(row["seeds"]),
+            str(row["diverged"]),
+        ]
+        for row in rows
+    ]
+    write("sensitivity", rows, environments, table, draw(maps, rates, scales))
+
+
+if __name__ == "__main__":
+    main()

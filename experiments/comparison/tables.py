@@ -1,0 +1,79 @@
+"""Where the studies of this folder leave their outcome: NAME.json, NAME.md (a table) and NAME.png beside them."""
+
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from balora_jax.training.comparison import Cell, Difference
+from balora_jax.training.records import Record
+
+HERE = Path(__file__).parent
+
+
+def write(name: str, rows: list[Record], environments: list[Record], table: Sequence[Sequence[str]], figure) -> None:
+    """Writes rows with the environments of their runs, the table, and the figure; prints the table.
+
+    Args:
+        name: of the files.
+        rows: what the table shows, in full.
+        environments: of the runs.
+        table: cells, the header first.
+        figure: of matplotlib.
+    """
+    for environment in environments:
+        environment["command"] = re.sub(r" --output \S+", "", environment["command"])
+    record = {"environments": environments, "rows": rows}
+    (HERE / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    lines = [f"| {' | '.join(cells)} |" for cells in table]
+    lines.insert(1, "|" + "---|" * len(table[0]))
+    (HERE / f"{name}.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    figure.savefig(HERE / f"{name}.png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+
+
+def summary(cell: Cell, difference: Difference | None) -> Record:
+    """Returns what is recorded of a method's best cell, and of its difference from LoRA's."""
+    results = [cell.runs[seed].result for seed in sorted(cell.runs)]
+    row = {
+        "best": dict(cell.values),
+        "on_edge": list(cell.on_edge),
+        "seeds": sorted(cell.runs),
+        "evaluation_loss": spread(cell.losses),
+        "accuracy": spread([result["accuracy"] for result in results]),
+        "runs": cell.searched[0],
+        "diverged": cell.searched[1],
+    }
+    if difference is not None:
+        row["difference"] = difference.__dict__ | {"verdict": difference.verdict}
+    return row
+
+
+def spread(values: Sequence[float]) -> Record:
+    """Mean, standard deviation, and the values."""
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values), "values": list(values)}
+
+
+def loss_text(row: Record) -> str:
+    """Mean and standard deviation of the final loss."""
+    return f"{row['evaluation_loss']['mean']:.4f} ± {row['evaluation_loss']['std']:.4f}"
+
+
+def difference_text(row: Record) -> str:
+    """The difference from LoRA with its interval, and in how many seeds the loss is lower."""
+    if "difference" not in row:
+        return "-"
+    difference = row["difference"]
+    return (
+        f"{difference['mean']:+.4f} ± {difference['half_width']:.4f}, {difference['better']} of {difference['n']}: "
+        f"{difference['verdict']}"
+    )
+
+
+def best_text(row: Record) -> str:
+    """The values of the best cell."""
+    return ", ".join(
+        f"{name.rsplit('.', 1)[-1].replace('_', ' ')} {value:g}{' (edge)' * (name in row['on_edge'])}"
+        for name, value in row["best"].items()
+    )

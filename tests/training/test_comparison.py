@@ -1,0 +1,101 @@
+"""Choosing the best cell of finished runs, and comparing it with a reference."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from balora_jax.training import Config, RunError
+from balora_jax.training.comparison import best_cell, compare, load_runs, paired_difference, sorted_by
+from balora_jax.training.config import with_fields
+
+LOSSES = {  # method, learning rate: by seed
+    ("lora", 0.1): (2.0, 2.2, 2.4),
+    ("lora", 0.2): (1.0, 1.1, 1.2),
+    ("lora", 0.4): (0.5, 0.6, "nan"),
+    ("balora", 0.1): (0.9, 0.8, 1.0),
+    ("balora", 0.2): (1.5, 1.5, 1.5),
+    ("balora", 0.4): (1.6, 1.6, 1.6),
+}
+
+
+def write_run(folder, losses=LOSSES, unfinished=()):
+    folder.mkdir()
+    configs, records = {}, []
+    for (method, rate), by_seed in losses.items():
+        for seed, loss in enumerate(by_seed):
+            name = f"{method}-{rate}-{seed}"
+            changes = {"method": method, "optimizer.learning_rate": rate, "seed": seed}
+            configs[name] = dataclasses.asdict(with_fields(Config(name="x"), changes))
+            shared = {"population": method, "member": name}
+            records.append({"kind": "evaluation", "step": 0, "evaluation_loss": 3.0, **shared})
+            records.append({"kind": "evaluation", "step": 5, "evaluation_loss": loss, **shared})
+            if name not in unfinished:
+                diverged = 4 if loss == "nan" else -1
+                records.append(
+                    {"kind": "result", "step": 5, "evaluation_loss": loss, "diverged_at": diverged, **shared}
+                )
+    (folder / "config.json").write_text(json.dumps(configs))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "environment.json").write_text(json.dumps([{"commit": folder.name}]))
+    return folder
+
+
+def test_the_best_cell_has_the_lowest_mean_and_no_diverged_run(tmp_path):
+    runs, environments = load_runs([write_run(tmp_path / "one")])
+    assert environments == [{"commit": "one"}]
+    groups = sorted_by(runs, lambda run: run.field("method"))
+    assert list(groups) == ["lora", "balora"]
+    lora, balora = (best_cell(group, ["optimizer.learning_rate"]) for group in groups.values())
+    assert (lora.values, lora.losses, lora.on_edge) == ({"optimizer.learning_rate": 0.2}, [1.0, 1.1, 1.2], ())
+    assert (lora.searched, balora.searched) == ((9, 1), (9, 0))
+    assert balora.on_edge == ("optimizer.learning_rate",)
+    assert lora.runs[1].curve == {0: 3.0, 5: 1.1}
+    difference = compare(balora, lora)
+    assert difference.mean == pytest.approx(-0.2)
+    assert (difference.better, difference.n) == (3, 3)
+
+
+def test_every_cell_diverged(tmp_path):
+    runs, _ = load_runs([write_run(tmp_path / "one", {("lora", 0.1): ("nan",), ("lora", 0.2): (1.0, "nan")})])
+    assert best_cell(runs, ["optimizer.learning_rate"]) is None
+
+
+def test_parts_of_a_sweep_are_read_together(tmp_path):
+    parts = [{key: x for key, x in LOSSES.items() if key[0] == method} for method in ("lora", "balora")]
+    folders = [write_run(tmp_path / str(i), part) for i, part in enumerate(parts)]
+    together, environments = load_runs(folders)
+    assert len(together) == 18
+    assert len(environments) == 2
+    with pytest.raises(ValueError, match="which another folder holds too"):
+        load_runs([*folders, write_run(tmp_path / "again", parts[0])])
+
+
+def test_differences_are_those_of_a_paired_t_test():
+    rng = np.random.default_rng(0)
+    values, references = rng.standard_normal(6), rng.standard_normal(6)
+    difference = paired_difference(values.tolist(), references.tolist())
+    low, high = stats.ttest_rel(values, references).confidence_interval(0.95)
+    np.testing.assert_allclose([difference.mean - difference.half_width, difference.mean + difference.half_width],
+                               [low, high])  # fmt: skip
+    assert difference.verdict == "undecided"
+    assert paired_difference([1.0, 1.1, 0.9], [2.0, 2.0, 2.0]).verdict == "better"
+    assert paired_difference([2.0, 2.0, 2.1], [1.0, 1.1, 0.9]).verdict == "worse"
+
+
+def test_what_cannot_be_compared_raises(tmp_path):
+    with pytest.raises(RunError, match="must be the output of a finished run"):
+        load_runs([tmp_path])
+    with pytest.raises(RunError, match=r"lora-0\.1-1 has no result"):
+        load_runs([write_run(tmp_path / "part", unfinished=["lora-0.1-1"])])
+    runs, _ = load_runs([write_run(tmp_path / "one")])
+    with pytest.raises(ValueError, match="two of one seed"):
+        best_cell(runs, ["optimizer.learning_rate"])
+    lora = best_cell([run for run in runs if run.field("method") == "lora"], ["optimizer.learning_rate"])
+    fewer = dataclasses.replace(lora, runs={0: lora.runs[0]})
+    with pytest.raises(ValueError, match=r"same seeds, got \[0\] and \[0, 1, 2\]"):
+        compare(fewer, lora)
+    with pytest.raises(ValueError, match="at least 2, got 1 and 1"):
+        paired_difference([1.0], [2.0])
