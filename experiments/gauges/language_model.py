@@ -8,74 +8,48 @@ with those of LoRA at LoRA's own best rate, seed by seed. Writes `language_model
 import json
 import re
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
+from balora_jax.training.comparison import Run, best_cell, compare, load_runs, sorted_by
+
 HERE = Path(__file__).parent
-T_FOR_FIVE = 2.776
-"""97.5 % quantile of Student's t with 4 degrees of freedom: five seeds."""
 
 
-def load(folders: list[Path]) -> tuple[dict, list]:
-    """Results by (rank, method) and learning rate and seed; and the environments of the runs."""
-    found: dict = defaultdict(lambda: defaultdict(dict))
-    for folder in folders:
-        configs = json.loads((folder / "config.json").read_text())
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            record = json.loads(line)
-            if record["kind"] != "result":
-                continue
-            config = configs[record["member"]]
-            balance = config["balance"]
-            method = "LoRA" if config["method"] == "lora" else (balance["gauge"], balance["transport"])
-            rate = config["optimizer"]["learning_rate"]
-            found[config["adapter"]["rank"], method][rate][config["seed"]] = record
-    starts = [start for folder in folders for start in json.loads((folder / "environment.json").read_text())]
-    for start in starts:
-        start["command"] = re.sub(r" --output \S+", "", start["command"])
-    return found, starts
-
-
-def best_rate(rates: dict) -> float:
-    """The learning rate with the lowest mean loss, a diverged run counting as infinite."""
-
-    def mean(rate):
-        runs = rates[rate].values()
-        return np.mean([r["evaluation_loss"] if r["status"] == "finished" else np.inf for r in runs])
-
-    return min(rates, key=mean)
+def kind(run: Run) -> tuple:
+    """The rank and the method: LoRA, or the gauge and whether the moments are carried."""
+    balanced = run.field("balance.gauge"), run.field("balance.transport")
+    return run.field("adapter.rank"), "LoRA" if run.field("method") == "lora" else balanced
 
 
 def main() -> None:
     """Reads the runs, writes the record and prints the table."""
-    found, environments = load([Path(argument) for argument in sys.argv[1:]])
-    rows = []
-    for rank, method in sorted(found, key=lambda key: (key[0], key[1] != "LoRA", str(key[1]))):
-        rates, reference = found[rank, method], found[rank, "LoRA"]
-        rate, reference_rate = best_rate(rates), best_rate(reference)
-        seeds = sorted(rates[rate])
-        losses, references = (
-            np.array([runs[seed]["evaluation_loss"] for seed in seeds])
-            for runs in (rates[rate], reference[reference_rate])
-        )
-        difference = losses - references
-        assert len(seeds) == 5
+    runs, environments = load_runs(sys.argv[1:])
+    for start in environments:
+        start["command"] = re.sub(r" --output \S+", "", start["command"])
+    groups, rows = sorted_by(runs, kind), []
+    cells = {key: best_cell(group, ["optimizer.learning_rate"]) for key, group in groups.items()}
+    for rank, method in sorted(cells, key=lambda key: (key[0], key[1] != "LoRA", str(key[1]))):
+        cell, reference = cells[rank, method], cells[rank, "LoRA"]
+        assert cell is not None
+        assert reference is not None
+        difference = compare(cell, reference) if method != "LoRA" else None
+        by_rate = sorted_by(groups[rank, method], lambda run: run.field("optimizer.learning_rate"))
         row = {
             "rank": rank,
             "gauge": method if method == "LoRA" else method[0],
             "moments": "-" if method == "LoRA" else ("carried" if method[1] else "left"),
-            "learning_rate": rate,
-            "on_edge": rate in (min(rates), max(rates)),
-            "n": len(seeds),
-            "evaluation_loss": {"mean": losses.mean(), "std": losses.std(ddof=1)},
-            "accuracy": float(np.mean([rates[rate][seed]["accuracy"] for seed in seeds])),
-            "difference": {"mean": difference.mean(), "half_width": T_FOR_FIVE * difference.std(ddof=1) / 5**0.5},
-            "better_seeds": int(np.sum(difference < 0)),
-            "diverged": sum(r["status"] != "finished" for runs in rates.values() for r in runs.values()),
-            "runs": sum(map(len, rates.values())),
-            "loss_by_rate": {str(r): np.mean([x["evaluation_loss"] for x in rates[r].values()]) for r in sorted(rates)},
+            "learning_rate": cell.values["optimizer.learning_rate"],
+            "on_edge": bool(cell.on_edge),
+            "n": len(cell.runs),
+            "evaluation_loss": {"mean": np.mean(cell.losses), "std": np.std(cell.losses, ddof=1)},
+            "accuracy": float(np.mean([run.result["accuracy"] for run in cell.runs.values()])),
+            "difference": {"mean": difference.mean, "half_width": difference.half_width} if difference else None,
+            "better_seeds": difference.better if difference else None,
+            "diverged": cell.searched[1],
+            "runs": cell.searched[0],
+            "loss_by_rate": {str(r): np.mean([run.loss for run in by_rate[r]]) for r in sorted(by_rate)},
         }
         rows.append(row)
     record = {"environments": environments, "rows": rows}
@@ -86,11 +60,15 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         loss, difference = row["evaluation_loss"], row["difference"]
-        compared = f"{difference['mean']:+.4f} ± {difference['half_width']:.4f} | {row['better_seeds']} of 5"
+        compared = "- | -"
+        if difference:
+            compared = (
+                f"{difference['mean']:+.4f} ± {difference['half_width']:.4f} | {row['better_seeds']} of {row['n']}"
+            )
         rate = f"{row['learning_rate']:g}{' (edge)' * row['on_edge']}"
         print(
             f"| {row['rank']} | {row['gauge']} | {row['moments']} | {rate} "
-            f"| {loss['mean']:.4f} ± {loss['std']:.4f} | {compared if row['gauge'] != 'LoRA' else '- | -'} "
+            f"| {loss['mean']:.4f} ± {loss['std']:.4f} | {compared} "
             f"| {100 * row['accuracy']:.1f} % |"
         )
 
