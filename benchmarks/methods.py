@@ -2,9 +2,9 @@
 
     python benchmarks/methods.py [METHOD ...] [--config FILE] [--repeats N] [--record FOLDER]
 
-Model, data and rank are those of a config file, by default `configs/compare_methods.py`. Steps of the methods are run in
-turn, one of each in every repeat, so that a noisy machine harms them alike; a time is the median over repeats, "of LoRA"
-is the median of the ratios within a repeat. What is not done at every step (GaLore's decompositions, LORO's exact
+Model, data and rank are those of a config file, by default `configs/compare_methods.py`. Steps of the methods are run
+in turn, one of each in every repeat, so that a noisy machine harms them alike; a time is the median over repeats, "of
+LoRA" is the median of the ratios within a repeat. What is not done at every step (GaLore's decompositions, LORO's exact
 step) hardly shows in a median. With `--record` the table is written as `methods-DEVICE.json`.
 """
 

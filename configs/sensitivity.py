@@ -44,6 +44,6 @@ SCALES = (0.25, 1.0, 4.0, 16.0)
 sweep = {
     "method": ("lora", "balora", "olora", "lora_ga", "dora"),
     "adapter.alpha": tuple(config.adapter.rank * scale for scale in SCALES),
-    "optimizer.learning_rate": (1e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "optimizer.learning_rate": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "seed": (0,),
 }
