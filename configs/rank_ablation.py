@@ -1,8 +1,8 @@
-"""Does more rank help? Six methods at ranks 8 to 128, a grid of learning rates each, five seeds.
+"""Does more rank help? Six methods at ranks 8 to 128, a grid of learning rates each, three seeds.
 
 Command:   balora-jax run configs/rank_ablation.py
            a part of it: add --adapter.rank 64, --method dora, --optimizer.learning-rate 0.001, --seed 3
-Time:      about two and a half hours on two CPU cores
+Time:      about two hours on two CPU cores
 Model:     school-math, as in quickstart.py; its layers are 160 and 480 wide, so rank 128 is nearly full
 Data:      the five modules of quickstart.py; members of one seed see the same rows in the same order
 Item:      figure 5 and table 7 of arXiv 2605.31484, there Qwen2.5-3B on a billion tokens of DeepMind Mathematics: LoRA
@@ -38,3 +38,26 @@ config = Config(
         members_at_once=1,
     ),
 )
+
+RATES = {
+    "lora": (3e-4, 1e-3, 3e-3, 1e-2),
+    "dora": (3e-4, 1e-3, 3e-3, 1e-2),
+    "lora_rite": (1e-3, 3e-3, 1e-2, 3e-2),
+    "olora": (1e-4, 3e-4, 1e-3, 3e-3),
+    "reflora": (3e-4, 1e-3, 3e-3, 1e-2),
+    "balora": (3e-4, 1e-3, 3e-3, 1e-2),
+}
+
+# The scale alpha / rank is 2 at every rank; RefLoRA's plain first steps are 10 of 100, not 100.
+sweep = [
+    {
+        "adapter.rank": (rank,),
+        "adapter.alpha": (2.0 * rank,),
+        "method": (method,),
+        "options": ((("warmup_steps", 10.0),) if method == "reflora" else (),),
+        "optimizer.learning_rate": rates,
+        "seed": (0, 1, 2),
+    }
+    for rank in (8, 128, 32, 16, 64)
+    for method, rates in RATES.items()
+]
