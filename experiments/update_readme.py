@@ -2,8 +2,8 @@
 
     python experiments/update_readme.py [--check]
 
-NAME is a folder beside this script with a `results.json`, or a file `benchmarks/recorded/NAME.md`. With `--check`
-nothing is written, and the exit code is 1 if the README does not show what is recorded.
+NAME is a folder beside this script with a `results.json`, a file `NAME.md` in such a folder (`comparison/methods`), or a
+file `benchmarks/recorded/NAME.md`. With `--check` nothing is written, and the exit code is 1 if the README does not show what is recorded.
 """
 
 import json
@@ -18,8 +18,10 @@ HEADER = "| method | best cell | evaluation loss | exact match | n | balancing g
 
 def recorded(name: str) -> str:
     """Returns what is recorded under a name, as Markdown."""
-    benchmark = HERE.parent / "benchmarks" / "recorded" / f"{name}.md"
-    return benchmark.read_text().rstrip() if benchmark.exists() else markdown(HERE / name)
+    for folder in (HERE.parent / "benchmarks" / "recorded", HERE):
+        if (file := folder / f"{name}.md").exists():
+            return file.read_text().rstrip()
+    return markdown(HERE / name)
 
 
 def markdown(folder: Path) -> str:
@@ -48,7 +50,7 @@ def main() -> int:
     """Writes or checks the README; returns the exit code."""
     old = README.read_text()
     new, tables = re.subn(
-        r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)",
+        r"(<!-- results: ([\w/-]+) -->\n).*?(<!-- end -->)",
         lambda match: f"{match[1]}{recorded(match[2])}\n{match[3]}",
         old,
         flags=re.DOTALL,
