@@ -2,8 +2,9 @@
 
     python experiments/update_readme.py [--check]
 
-NAME is a folder beside this script with a `results.json`, a file `NAME.md` in such a folder (`comparison/methods`), or a
-file `benchmarks/recorded/NAME.md`. With `--check` nothing is written, and the exit code is 1 if the README does not show what is recorded.
+NAME is a folder beside this script with a `results.json`, a file `NAME.md` in such a folder (`comparison/methods`), or
+a file `benchmarks/recorded/NAME.md`. With `--check` nothing is written, and the exit code is 1 if the README does not
+show what is recorded.
 """
 
 import json
