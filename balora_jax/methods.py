@@ -1,4 +1,4 @@
-"""The methods: each is an adapter layer with a start, a scaling and an optimizer, under its name in one table.
+"""The methods: each is a layer with a start, a scaling and an optimizer, under its name in one table.
 
 Adding a method is adding a row (and a file for its layer or its optimizer, if it has one of its own).
 """
@@ -13,13 +13,28 @@ from types import MappingProxyType
 import jax
 import optax
 
-from balora_jax.adapters import LORA, LORA_GA, OLORA, PISSA, XAVIER, DoRALinear, Initialisation, LoRALinear
+from balora_jax.adapters import (
+    ADALORA,
+    LORA,
+    LORA_GA,
+    OLORA,
+    PISSA,
+    XAVIER,
+    AdaLoRALinear,
+    Adapter,
+    DoRALinear,
+    FullLinear,
+    Initialisation,
+    LoRALinear,
+)
 from balora_jax.adapters.lora import Scaling
 from balora_jax.gauge import Gauge
 from balora_jax.optimizers import (
     OptimizerSettings,
+    adalora,
     adamw,
     clipped,
+    galore,
     learning_rate_schedule,
     lora_plus,
     lora_pro,
@@ -53,14 +68,14 @@ class BalanceSettings:
 
 @dataclass(frozen=True)
 class Method:
-    """A way of fine-tuning with adapters.
+    """A way of fine-tuning.
 
     Attributes:
         summary: what it does and where it comes from, in a line.
         optimizer: called with the settings and the number of steps, returns the optax transformation. If it has the
-            keyword `scale` it is given s; its other keyword-only parameters are options of the method, as are those of
-            the initialisation.
-        layer: the adapter layer that wraps a linear layer.
+            keyword `adapter_scale` it is given s; its other keyword-only parameters are options of the method, as are
+            those of the initialisation. Options whose defaults are integers must be integers.
+        layer: the layer that wraps a linear layer.
         initialisation: where the adapters start.
         scaling: how the scale follows from `alpha` and the rank.
         balanced: whether the adapters are balanced after the optimizer's steps.
@@ -68,7 +83,7 @@ class Method:
 
     summary: str
     optimizer: Callable[..., optax.GradientTransformation] = adamw
-    layer: type[LoRALinear] = LoRALinear
+    layer: type[Adapter] = LoRALinear
     initialisation: Initialisation = LORA
     scaling: Scaling = "lora"
     balanced: bool = False
@@ -77,8 +92,13 @@ class Method:
     def options(self) -> dict[str, float]:
         """The numbers that are this method's own, with their defaults."""
         parameters = inspect.signature(self.optimizer).parameters.values()
-        own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "scale"}
+        own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "adapter_scale"}
         return own | dict(self.initialisation.options)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether what is trained holds LoRA pairs."""
+        return issubclass(self.layer, LoRALinear)
 
     def transformation(
         self,
@@ -99,20 +119,30 @@ class Method:
             options: the method's own numbers, where they differ from their defaults.
 
         Raises:
-            ValueError: the method has no such option.
+            ValueError: the method has no such option, or a value is out of its range.
         """
-        self.check_options(options)
-        given = {"scale": scale, **options}
+        given = {"adapter_scale": scale, **self.resolved(options)}
         taken = inspect.signature(self.optimizer).parameters
         optimizer = self.optimizer(settings, steps, **{name: given[name] for name in given if name in taken})
         return balora(optimizer, **dataclasses.asdict(balance)) if self.balanced else optimizer
 
-    def check_options(self, options: Mapping[str, float]) -> None:
-        """Raises `ValueError` if the method lacks one of the options."""
-        for name in options:
-            if name not in self.options:
-                known = ", ".join(self.options) or "none"
+    def resolved(self, options: Mapping[str, float]) -> dict[str, float]:
+        """Returns all options with the given values in the place of defaults, in the defaults' types.
+
+        Raises:
+            ValueError: the method has no such option, or one that must be an integer is none.
+        """
+        defaults, values = self.options, {}
+        for name, value in options.items():
+            if name not in defaults:
+                known = ", ".join(defaults) or "none"
                 raise ValueError(f"options must be among those of the method ({known}), got {name!r}")
+            if isinstance(defaults[name], int):
+                if value != int(value):
+                    raise ValueError(f"options: {name} must be an integer, got {value!r}")
+                value = int(value)
+            values[name] = value
+        return defaults | values
 
 
 def _sgd(settings, steps):
@@ -131,17 +161,17 @@ def _lora_rite(settings, steps, *, eps=1e-6, skip=1.0, clip_norm=1.0):
 
 def _reflora(settings, steps, *, warmup_steps=100):
     rate, shared = learning_rate_schedule(settings, steps), _shared(settings)
-    return clipped(settings, reflora(rate, **shared, eps=settings.eps, warmup_steps=int(warmup_steps)))
+    return clipped(settings, reflora(rate, **shared, eps=settings.eps, warmup_steps=warmup_steps))
 
 
 def _reflora_s(settings, steps, *, warmup_steps=100):
     rate, shared = learning_rate_schedule(settings, steps), _shared(settings)
-    return clipped(settings, reflora_s(rate, **shared, eps=settings.eps, warmup_steps=int(warmup_steps)))
+    return clipped(settings, reflora_s(rate, **shared, eps=settings.eps, warmup_steps=warmup_steps))
 
 
 def _loro(settings, steps, *, eps=1e-6, period=100):
     rate, shared = learning_rate_schedule(settings, steps), _shared(settings)
-    return clipped(settings, loro(rate, **shared, eps=eps, period=int(period)))
+    return clipped(settings, loro(rate, **shared, eps=eps, period=period))
 
 
 def _scaled_gd(settings, steps, *, damping=1e-6):
@@ -153,9 +183,40 @@ def _scaled_adamw(settings, steps, *, eps=1e-6, damping=1e-6):
     return clipped(settings, scaled_adamw(rate, **shared, eps=eps, damping=damping))
 
 
-def _lora_pro(settings, steps, *, scale, damping=1e-8):
+def _lora_pro(settings, steps, *, adapter_scale, damping=1e-8):
     rate, shared = learning_rate_schedule(settings, steps), _shared(settings)
-    return clipped(settings, lora_pro(rate, **shared, eps=settings.eps, scale=scale, damping=damping))
+    return clipped(settings, lora_pro(rate, **shared, eps=settings.eps, scale=adapter_scale, damping=damping))
+
+
+def _adalora(
+    settings,
+    steps,
+    *,
+    target_share=0.5,
+    initial_share=0.1,
+    final_share=0.5,
+    interval=10,
+    b1=0.85,
+    b2=0.85,
+    regularisation=0.5,
+):
+    """The phases are shares of the run, near those of the authors' runs on GLUE."""
+    return adalora(
+        adamw(settings, steps),
+        total_steps=steps,
+        initial_steps=int(initial_share * steps),
+        final_steps=int(final_share * steps),
+        interval=interval,
+        target_share=target_share,
+        b1=b1,
+        b2=b2,
+        regularisation=regularisation,
+    )
+
+
+def _galore(settings, steps, *, rank=128, update_interval=200, scale=0.25, eps=1e-6):
+    rate, own = learning_rate_schedule(settings, steps), {"rank": rank, "update_interval": update_interval}
+    return clipped(settings, galore(rate, **_shared(settings), **own, scale=scale, eps=eps))
 
 
 def _shared(settings):
@@ -164,6 +225,8 @@ def _shared(settings):
 
 METHODS = MappingProxyType(
     {
+        "full": Method("the targeted weights themselves, by AdamW", layer=FullLinear),
+        "galore": Method("full, moments of low rank (arXiv 2403.03507)", layer=FullLinear, optimizer=_galore),
         "lora": Method("low-rank update of frozen weights (arXiv 2106.09685)"),
         "rslora": Method("LoRA with scale alpha / sqrt(rank) (arXiv 2312.03732)", scaling="rslora"),
         "lora_plus": Method("B learns faster than A (arXiv 2402.12354)", optimizer=_lora_plus),
@@ -178,6 +241,12 @@ METHODS = MappingProxyType(
         "scaled_gd": Method("gradients scaled by Gram matrices (arXiv 2005.08898)", optimizer=_scaled_gd),
         "scaled_adamw": Method("AdamW of scaled gradients (arXiv 2402.02347)", optimizer=_scaled_adamw),
         "lora_pro": Method("AdamW of the projected full gradient (arXiv 2407.18242)", optimizer=_lora_pro),
+        "adalora": Method(
+            "LoRA whose ranks share a shrinking budget (arXiv 2303.10512)",
+            layer=AdaLoRALinear,
+            initialisation=ADALORA,
+            optimizer=_adalora,
+        ),
         "balora": Method("LoRA balanced after every step (arXiv 2605.31484)", balanced=True),
         "balora_ga": Method("BaLoRA from LoRA-GA's start (arXiv 2605.31484)", initialisation=LORA_GA, balanced=True),
         "balora_gd": Method("gradient descent, balanced: Riemannian (arXiv 2605.31484)", optimizer=_sgd, balanced=True),

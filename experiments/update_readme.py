@@ -32,13 +32,13 @@ def markdown(folder: Path) -> str:
         cells = [row["population"]]
         if "best" in row:
             best = (f"{k.rsplit('.', 1)[-1].replace('_', ' ')} {v:g}" for k, v in row["best"].items())
-            loss, accuracy, gap = row["evaluation_loss"], row["accuracy"], row["gap_mean"]
+            loss, accuracy, gap = row["evaluation_loss"], row["accuracy"], row.get("gap_mean")
             cells += [
                 ", ".join(best) + (" (edge of the grid)" if row["on_edge"] else ""),
                 f"{loss['mean']:.4f} ± {loss['std']:.4f}",
                 f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %",
                 str(row["n"]),
-                f"{gap['mean']:.0e}",
+                "-" if gap is None else f"{gap['mean']:.0e}",
             ]
         else:
             cells += ["every cell diverged", "", "", "0", ""]

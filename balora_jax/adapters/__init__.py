@@ -1,6 +1,9 @@
 """Adapters for Flax NNX: layers, and putting them on a model."""
 
+from balora_jax.adapters.adalora import ADALORA, AdaLoRALinear
+from balora_jax.adapters.adapter import Adapter
 from balora_jax.adapters.dora import DoRALinear
+from balora_jax.adapters.full import FullLinear
 from balora_jax.adapters.initialisation import LORA, OLORA, PISSA, XAVIER, Initialisation
 from balora_jax.adapters.lora import AdapterOffset, AdapterScale, LoRALinear, adapter_scale
 from balora_jax.adapters.lora_ga import LORA_GA, gradient_triplets, lora_ga_start, start_at
@@ -13,14 +16,18 @@ from balora_jax.adapters.model import (
 )
 
 __all__ = [
+    "ADALORA",
     "LORA",
     "LORA_GA",
     "OLORA",
     "PISSA",
     "XAVIER",
+    "AdaLoRALinear",
+    "Adapter",
     "AdapterOffset",
     "AdapterScale",
     "DoRALinear",
+    "FullLinear",
     "Initialisation",
     "LoRALinear",
     "adapter_scale",

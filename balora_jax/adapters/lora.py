@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from balora_jax.adapters.contraction import contraction_of
-from balora_jax.adapters.initialisation import LORA, Initialisation
+from balora_jax.adapters.adapter import Adapter
+from balora_jax.adapters.initialisation import LORA, Factors, Initialisation
 
 Scaling = Literal["lora", "rslora"]
 
@@ -19,10 +19,6 @@ class AdapterScale(nnx.Variable):
 
 class AdapterOffset(nnx.Variable):
     """A factor of the product that an adapter started with, where that is not zero: frozen."""
-
-
-class UnmergedKernel(nnx.Variable):
-    """The base weight as it was before an adapter was merged into it."""
 
 
 def adapter_scale(alpha: jax.typing.ArrayLike, rank: int, scaling: Scaling = "lora") -> jax.typing.ArrayLike:
@@ -43,7 +39,7 @@ def adapter_scale(alpha: jax.typing.ArrayLike, rank: int, scaling: Scaling = "lo
     raise ValueError(f"scaling must be 'lora' or 'rslora', got {scaling!r}")
 
 
-class LoRALinear(nnx.Module):
+class LoRALinear(Adapter):
     """A linear layer with a low-rank update: `y = base(x) + s (dropout(x) A) B`.
 
     The factors are `nnx.LoRAParam`s in float32 whatever the dtype of the base; they are cast to the dtype of the base's
@@ -56,14 +52,12 @@ class LoRALinear(nnx.Module):
     same leading axes; inside the scan or vmap both are sliced together.
 
     Attributes:
-        base: the frozen layer.
         lora_a: `(..., in, r)`; `in` is several axes if the layer contracts several.
         lora_b: `(..., r, out)`; likewise.
         offset_a: `A0`, like `lora_a`, or None.
         offset_b: `B0`, like `lora_b`, or None.
         scale: `(...)` float32, the factor `s`.
-        rank: `r`.
-        merged: whether the update has been added to the base's kernel.
+        rank: `r`. Other attributes as in `Adapter`.
 
     Source: arXiv 2106.09685.
     """
@@ -94,7 +88,7 @@ class LoRALinear(nnx.Module):
             ValueError: the rank does not fit the weight, or the dropout is not a probability.
             TypeError: the layer is of another kind, or the rank is not an integer.
         """
-        self.contraction = contraction_of(base)
+        super().__init__(base)
         kernel_shape = base.kernel.shape
         shape_a, shape_b = self.contraction.factor_shapes(kernel_shape, 1)
         stacked = kernel_shape[: len(kernel_shape) - len(self.contraction.kernel)]
@@ -109,9 +103,7 @@ class LoRALinear(nnx.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         shape_a, shape_b = self.contraction.factor_shapes(kernel_shape, rank)
-        self.base = base
         self.rank = rank
-        self.merged = False
         scale = adapter_scale(rank if alpha is None else alpha, rank, scaling)
         self.scale = AdapterScale(jnp.full(stacked, scale, jnp.float32))
         weights = self.contraction.matrices(base.kernel[...])
@@ -121,7 +113,6 @@ class LoRALinear(nnx.Module):
         # copies: the factors' own arrays are given away by a step that reuses their memory
         self.offset_a = nnx.data(AdapterOffset(lora_a.copy()) if initialisation.offset else None)
         self.offset_b = nnx.data(AdapterOffset(lora_b.copy()) if initialisation.offset else None)
-        self.unmerged_kernel: UnmergedKernel | None = nnx.data(None)
         self.dropout = nnx.data(_dropout(dropout, stacked, rngs) if dropout else None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -132,37 +123,25 @@ class LoRALinear(nnx.Module):
     def _low_rank(self, x: jax.Array, dtype) -> jax.Array:
         """What the adapter adds to the output of the base, in the dtype given."""
         dropped = x if self.dropout is None else self.dropout(x)
-        update = self._product_with(dropped, self.lora_a, self.lora_b, dtype)
-        if self.offset_a is not None:
-            update = update - self._product_with(x, self.offset_a, self.offset_b, dtype)
+        update = self._product_with(dropped, *self.update_factors(), dtype)
+        if self.offset_a is not None and self.offset_b is not None:
+            update = update - self._product_with(x, self.offset_a[...], self.offset_b[...], dtype)
         return self.scale[...].astype(dtype) * update
 
     def _product_with(self, x, lora_a, lora_b, dtype):
-        return self.contraction.low_rank(x.astype(dtype), lora_a[...].astype(dtype), lora_b[...].astype(dtype))
+        return self.contraction.low_rank(x.astype(dtype), lora_a.astype(dtype), lora_b.astype(dtype))
+
+    def update_factors(self) -> Factors:
+        """Returns the two factors whose product, less that of the start, is scaled to the update."""
+        return self.lora_a[...], self.lora_b[...]
 
     def weight_update(self) -> jax.Array:
         """Returns `s A B`, less `s A0 B0` if there is an offset, in float32, in the layout of the base's kernel."""
-        product = self.contraction.product(self.lora_a[...], self.lora_b[...])
+        product = self.contraction.product(*self.update_factors())
         if self.offset_a is not None and self.offset_b is not None:
             product = product - self.contraction.product(self.offset_a[...], self.offset_b[...])
         scale = self.scale[...]
         return scale.reshape(scale.shape + (1,) * (product.ndim - scale.ndim)) * product
-
-    def merge(self) -> None:
-        """Adds the update to the base's kernel; keeps the kernel so that `unmerge` is exact in every dtype."""
-        if not self.merged:
-            kernel = self.base.kernel[...]
-            self.unmerged_kernel = UnmergedKernel(kernel)
-            self.base.kernel[...] = (kernel.astype(jnp.float32) + self.weight_update()).astype(kernel.dtype)
-            self.merged = True
-
-    def unmerge(self) -> None:
-        """Puts the base's kernel back as it was before `merge`, bit for bit."""
-        if self.merged:
-            assert self.unmerged_kernel is not None
-            self.base.kernel[...] = self.unmerged_kernel[...]
-            self.unmerged_kernel = nnx.data(None)
-            self.merged = False
 
 
 def _dropout(rate: float, stacked: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Dropout:

@@ -169,7 +169,7 @@ def start_at(model: nnx.Module, starts: Mapping[str, Factors]) -> None:
         odd = sorted(adapters.keys() ^ starts.keys())[0]
         raise ValueError(f"starts must be for {', '.join(adapters)}, got {', '.join(starts)}: {odd} is in one alone")
     for path, adapter in adapters.items():
-        if adapter.offset_a is None or adapter.offset_b is None:
+        if not isinstance(adapter, LoRALinear) or adapter.offset_a is None or adapter.offset_b is None:
             raise ValueError(f"{path} must have been made with an initialisation that leaves room for an offset")
         for factor, offset, start in zip(
             (adapter.lora_a, adapter.lora_b), (adapter.offset_a, adapter.offset_b), starts[path], strict=True

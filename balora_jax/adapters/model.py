@@ -7,6 +7,7 @@ from typing import Any
 
 from flax import nnx
 
+from balora_jax.adapters.adapter import Adapter
 from balora_jax.adapters.initialisation import LORA, Initialisation
 from balora_jax.adapters.lora import LoRALinear, Scaling
 
@@ -50,7 +51,7 @@ def add_adapters(
     adapters = {}
     for path in matched:
         module = modules[path]
-        if isinstance(module, LoRALinear):
+        if isinstance(module, Adapter):
             raise ValueError(f"{path} has an adapter already")
         if module is model:
             raise ValueError("model must hold the layers that get adapters, got a layer; wrap it in LoRALinear instead")
@@ -70,10 +71,10 @@ def add_adapters(
     return matched
 
 
-def iter_adapters(model: nnx.Module) -> Iterator[tuple[str, LoRALinear]]:
+def iter_adapters(model: nnx.Module) -> Iterator[tuple[str, Adapter]]:
     """Yields the dotted path and the layer of every adapter of a model."""
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, LoRALinear):
+        if isinstance(module, Adapter):
             yield ".".join(map(str, path)), module
 
 
@@ -105,7 +106,7 @@ def remove_adapters(model: nnx.Module, *, merge: bool) -> None:
     _swap(model, {id(adapter): adapter.base for adapter in adapters})
 
 
-def _all_adapters(model: nnx.Module) -> list[tuple[str, LoRALinear]]:
+def _all_adapters(model: nnx.Module) -> list[tuple[str, Adapter]]:
     found = list(iter_adapters(model))
     if not found:
         raise ValueError("model must have adapters, found none")
@@ -119,7 +120,7 @@ def _outside_adapters(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Module]]:
     for path, module in modules:
         if any(path[: len(prefix)] == prefix for prefix in inside):
             continue
-        if isinstance(module, LoRALinear):
+        if isinstance(module, Adapter):
             inside.append(path)
         yield path, module
 
@@ -151,7 +152,7 @@ def _matches(targets: str | Sequence[str], modules: dict[str, nnx.Module]) -> tu
 
 
 def _holds_weights(module: nnx.Module) -> bool:
-    return isinstance(module, LoRALinear) or any(isinstance(value, nnx.Param) for value in vars(module).values())
+    return isinstance(module, Adapter) or any(isinstance(value, nnx.Param) for value in vars(module).values())
 
 
 def _swap(model: nnx.Module, new: dict[int, nnx.Module]) -> None:

@@ -1,5 +1,6 @@
-"""Optimizers of LoRA pairs: optax transformations, each usable alone."""
+"""Optimizers of LoRA pairs, and GaLore of whole weights: optax transformations, each usable alone."""
 
+from balora_jax.optimizers.adalora import adalora
 from balora_jax.optimizers.adamw import OptimizerSettings, adamw, clipped, learning_rate_schedule
 from balora_jax.optimizers.galore import galore
 from balora_jax.optimizers.lora_plus import lora_plus
@@ -11,6 +12,7 @@ from balora_jax.optimizers.scaled import precondition_by_grams, scaled_adamw, sc
 
 __all__ = [
     "OptimizerSettings",
+    "adalora",
     "adamw",
     "clipped",
     "galore",

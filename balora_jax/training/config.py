@@ -284,7 +284,7 @@ def check(config: Config) -> None:
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"seed must be from 0 to 2**32 - 1, got {config.seed}")
     try:
-        get_method(config.method).check_options(dict(config.options))
+        get_method(config.method).resolved(dict(config.options))
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -42,6 +42,8 @@ def summarise(directory: RunDirectory, members: Mapping[str, Config], axes: Mapp
             "runs": len(results),
             "diverged": sum(r["diverged_at"] >= 0 for r in results),
             "step_seconds": _step_seconds(directory, population, len(results)),
+            "trained_parameters": results[0]["trained_parameters"],
+            "state_bytes": results[0]["state_bytes"],
         }
         if losses:
             best = min(losses, key=losses.__getitem__)
@@ -56,11 +58,13 @@ def summarise(directory: RunDirectory, members: Mapping[str, Config], axes: Mapp
                 ],
                 "members": [r["member"] for r in runs],
                 "n": len(runs),
-                **{key: _spread(r[key] for r in runs) for key in ("evaluation_loss", "accuracy", "gap_mean")},
                 "base_loss": statistics.fmean(
                     r["evaluation_loss"] for r in directory.of("evaluation", population=population, step=0)
                 ),
             }
+            for key in ("evaluation_loss", "accuracy", "gap_mean"):
+                if key in runs[0]:  # without pairs there is no gap
+                    row[key] = _spread(r[key] for r in runs)
         rows.append(row)
     return rows
 
@@ -79,14 +83,14 @@ def table(rows: list[Record]) -> Table:
             f"{field.rsplit('.', 1)[-1]} {value:g}{' (edge of the grid)' if field in row['on_edge'] else ''}"
             for field, value in row["best"].items()
         )
-        loss, accuracy, gap = row["evaluation_loss"], row["accuracy"], row["gap_mean"]
+        loss, accuracy, gap = row["evaluation_loss"], row["accuracy"], row.get("gap_mean")
         out.add_row(
             row["population"],
             best,
             f"{loss['mean']:.4f} ± {loss['std']:.4f}",
             f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %",
             str(row["n"]),
-            f"{gap['mean']:.1e}",
+            "-" if gap is None else f"{gap['mean']:.1e}",
             *shared,
         )
     bases = [row["base_loss"] for row in rows if "base_loss" in row]

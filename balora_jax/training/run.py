@@ -207,7 +207,7 @@ class Trainer:
         self._directory.rewind(self._name, steps)
         batch_size = self._config.training.eval_batch_size
         texts = generate_answers(self._program, state, self._examples, batch_size=batch_size)
-        diverged = np.array(state.diverged_at)
+        diverged, sizes = np.array(state.diverged_at), self._program.sizes(state)
         records = []
         for index, member in enumerate(self._members):
             evaluation = self._directory.of("evaluation", population=self._name, member=member, step=steps)[-1]
@@ -224,11 +224,11 @@ class Trainer:
                     "evaluation_loss": evaluation["evaluation_loss"],
                     "accuracy": accuracy.pop("all"),
                     "accuracy_by_module": accuracy,
-                    "gap_mean": last["gap_mean"],
-                    "gap_worst": last["gap_worst"],
                     "diverged_at": int(diverged[index]),
                     "status": "finished" if diverged[index] < 0 else "diverged",
                 }
+                | {name: last[name] for name in ("gap_mean", "gap_worst") if name in last}
+                | sizes
             )
         self._directory.append(records)
 

@@ -5,6 +5,7 @@ step of one member is an ordinary function of its config, in which the numbers a
 of the states makes it the step of the population, with the frozen base shared.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from flax import nnx
 from balora_jax.adapters import (
     LORA_GA,
     AdapterOffset,
+    LoRALinear,
     adapter_scale,
     add_adapters,
     iter_adapters,
@@ -99,7 +101,7 @@ class Program:
         """
         self.config = config
         self._method = get_method(config.method)
-        self._options = self._method.options | dict(config.options)
+        self._options = self._method.resolved(dict(config.options))
         self._bare = nnx.split(base_model)
         structure = replace(self._method.initialisation, factors=_no_factors)  # the values come from `initial_state`
         model = nnx.merge(*self._bare, copy=True)
@@ -143,6 +145,24 @@ class Program:
             starts = jax.tree.map(lambda *x: jnp.stack(x), *(by_seed[member.seed] for member in members))
         return jax.jit(jax.vmap(self._init_member, in_axes=(None, 0, 0)))(self._bare[1], numbers, starts)
 
+    def sizes(self, state: TrainState) -> dict[str, int]:
+        """Returns what one member of a population has for itself.
+
+        Args:
+            state: of the population.
+
+        Returns:
+            `trained_parameters`, how many numbers are trained, and `state_bytes`, the memory of the optimizer's state.
+        """
+
+        def of_member(array):
+            return math.prod(array.shape[1:])
+
+        return {
+            "trained_parameters": sum(map(of_member, jax.tree.leaves(state.adapters))),
+            "state_bytes": sum(of_member(array) * array.dtype.itemsize for array in jax.tree.leaves(state.opt_state)),
+        }
+
     def over_members(self, function: Callable, *arguments: Any) -> Any:
         """Applies a function to every member, `training.members_at_once` at a time.
 
@@ -161,7 +181,8 @@ class Program:
         model = nnx.merge(graph, state.adapters, state.random, state.offsets, base, copy=True)
         scale = adapter_scale(state.numbers["adapter.alpha"], self.config.adapter.rank, self._method.scaling)
         for _, adapter in iter_adapters(model):
-            adapter.scale[...] = jnp.full_like(adapter.scale[...], scale)
+            if isinstance(adapter, LoRALinear):
+                adapter.scale[...] = jnp.full_like(adapter.scale[...], scale)
         return model
 
     def _gradient_start(self, seed: int, batches: Mapping[str, Any]):
@@ -262,7 +283,8 @@ class Program:
         step = state.step + 1
         new = new._replace(step=step, diverged_at=jnp.where(finite | (state.diverged_at >= 0), state.diverged_at, step))
         metrics = {"loss": loss, "gradient_norm": gradient_norm, "update_norm": update_norm}
-        metrics |= _balance_metrics(new)
+        if self._method.has_pairs:
+            metrics |= _balance_metrics(new)
         return new, metrics
 
 
