@@ -138,7 +138,7 @@ class Method:
                 known = ", ".join(defaults) or "none"
                 raise ValueError(f"options must be among those of the method ({known}), got {name!r}")
             if isinstance(defaults[name], int):
-                if value != int(value):
+                if not float(value).is_integer():
                     raise ValueError(f"options: {name} must be an integer, got {value!r}")
                 value = int(value)
             values[name] = value

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from balora_jax.adapters import adapter_scale
 from balora_jax.data.recipes import DataSettings
 from balora_jax.methods import BalanceSettings, get_method
 from balora_jax.optimizers import OptimizerSettings
@@ -284,7 +285,10 @@ def check(config: Config) -> None:
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"seed must be from 0 to 2**32 - 1, got {config.seed}")
     try:
-        get_method(config.method).resolved(dict(config.options))
+        method = get_method(config.method)
+        scale = adapter_scale(config.adapter.alpha, config.adapter.rank, method.scaling)
+        steps, options = config.training.steps, dict(config.options)
+        method.transformation(config.optimizer, config.balance, steps=steps, scale=scale, options=options)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

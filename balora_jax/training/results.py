@@ -18,7 +18,7 @@ def summarise(directory: RunDirectory, members: Mapping[str, Config], axes: Mapp
     """Returns one row per group of runs that differ only in numbers and seeds: its best cell.
 
     A cell is what differs in its seed alone; the best is that with the lowest mean final evaluation loss among the
-    cells without a diverged run.
+    cells without a diverged run. `trained_parameters` and `state_bytes` (of the optimizer) are those of one run.
 
     Args:
         directory: the finished run.

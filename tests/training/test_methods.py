@@ -18,6 +18,11 @@ from balora_jax.training.run import load_data
 from balora_jax.training.step import Program, token_losses
 
 STEPS = 3
+OPTIONS = {
+    "lora_ga": (("gradient_batches", 3),),
+    "balora_ga": (("gradient_batches", 3),),
+    "adalora": (("interval", 1), ("initial_share", 0)),
+}
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -26,10 +31,12 @@ def trained(request, config):
     config = dataclasses.replace(
         config,
         method=request.param,
-        options=(("gradient_batches", 3),) if request.param in ("lora_ga", "balora_ga") else (),
+        options=OPTIONS.get(request.param, ()),
         optimizer=dataclasses.replace(config.optimizer, eps=1e-4, learning_rate=1e-2),
     )
-    members = [config, dataclasses.replace(config, seed=5, adapter=dataclasses.replace(config.adapter, alpha=1.5))]
+    slower = dataclasses.replace(config.optimizer, learning_rate=5e-3)
+    adapter = dataclasses.replace(config.adapter, alpha=1.5)
+    members = [config, dataclasses.replace(config, seed=5, adapter=adapter, optimizer=slower)]
     program = Program(config, load_decoder(config.model.path))
     arrays, _, _ = load_data(config.data)
     batch = {name: jnp.asarray(rows[:4])[None] for name, rows in arrays.items()}
@@ -101,14 +108,25 @@ def test_contract(trained, tmp_path):
                                         for x in (saved, read)))  # fmt: skip
 
 
-def test_member_of_a_population_trains_as_it_does_alone(trained):
+def test_members_do_not_touch_each_other(trained):
+    """With another neighbour, in the same program; tests/training/test_step.py has members alone."""
     _, together, _ = trained["run"]
-    _, alone, _ = trained["train"](trained["members"][1:])
-    for joint, single in zip(*map(jax.tree.leaves, (together.adapters, alone.adapters)), strict=True):
-        np.testing.assert_allclose(joint[1], single[0], atol=5e-5)
+    _, twice, _ = trained["train"](trained["members"][1:] * 2)
+    for joint, other in zip(*map(jax.tree.leaves, (together.adapters, twice.adapters)), strict=True):
+        np.testing.assert_allclose(joint[1], other[0], atol=5e-5)
+        np.testing.assert_allclose(joint[1], other[1], atol=5e-5)
+        assert not np.array_equal(joint[0], joint[1])
 
 
 def test_options_are_checked(config):
+    for method, option, message in (
+        ("lora_plus", ("ratio", 0.5), "ratio must be at least 1 and finite, got 0.5"),
+        ("galore", ("rank", 2.5), "options: rank must be an integer, got 2.5"),
+        ("adalora", ("interval", float("inf")), "options: interval must be an integer, got inf"),
+        ("adalora", ("initial_share", 0.6), "initial_steps and final_steps must be below total_steps"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check(dataclasses.replace(config, method=method, options=(option,)))
     with pytest.raises(ConfigError, match=r"options must be among those of the method \(none\), got 'ratio'"):
         check(dataclasses.replace(config, options=(("ratio", 2.0),)))
     with pytest.raises(ConfigError, match="options must be of type tuple"):

@@ -4,11 +4,13 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +88,27 @@ def test_rows_are_the_best_cells(finished):
 def test_balora_is_balanced_and_lora_is_not(finished):
     lora, balora = finished[1]
     assert balora["gap_mean"]["mean"] < 1e-5 < 1e-1 < lora["gap_mean"]["mean"]
+
+
+def test_sizes_are_recorded(finished):
+    """Two layers of three projections 16 x 24, rank 3; Adam keeps two moments, and some counters."""
+    folder, rows = finished
+    trained = 2 * 3 * 3 * (16 + 24)
+    for found in (*rows, *(line for line in records(folder) if line["kind"] == "result")):
+        assert found["trained_parameters"] == trained
+        assert 0 < found["state_bytes"] - 2 * 4 * trained < 50
+
+
+def test_a_method_without_pairs_has_no_gap(config, tmp_path):
+    short = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1))
+    (row,) = run(short, {"method": ("full",)}, tmp_path / "full", QUIET)
+    for line in records(tmp_path / "full"):
+        assert not any("gap" in key for key in line)
+    assert row["trained_parameters"] == 2 * 3 * 16 * 24
+    assert "gap_mean" not in row
+    assert re.search(r"full .* 1 +- ", (tmp_path / "full" / "results.txt").read_text())
+    markdown = runpy.run_path(str(Path(__file__).parents[2] / "experiments" / "update_readme.py"))["markdown"]
+    assert "| 1 | - |" in markdown(tmp_path / "full")
 
 
 def test_finished_run_is_not_done_again(finished, config):
