@@ -25,7 +25,10 @@ def draw(maps: dict[str, np.ndarray], rates: list[float], scales: list[float]):
         image = axes.imshow(np.where(np.isfinite(grid), grid, np.nan), vmin=finite.min(), vmax=np.quantile(finite, 0.9))
         for i, j in np.ndindex(grid.shape):
             text = f"{grid[i, j]:.2f}" if np.isfinite(grid[i, j]) else "x"
-            axes.text(j, i, text, ha="center", va="center", fontsize=7, color="w" if text != "x" else "k")
+            bright = not np.isfinite(grid[i, j]) or grid[i, j] > image.norm.vmin + 0.6 * (
+                image.norm.vmax - image.norm.vmin
+            )
+            axes.text(j, i, text, ha="center", va="center", fontsize=7, color="k" if bright else "w")
         axes.set(title=method, xlabel="learning rate", xticks=range(len(rates)), yticks=range(len(scales)))
         axes.set_xticklabels([f"{rate:g}" for rate in rates], rotation=45)
         axes.set_yticklabels([f"{scale:g}" for scale in scales])
