@@ -47,6 +47,7 @@ class DecoderConfig:
         rms_norm_eps: added to the mean square in every RMSNorm.
         qkv_bias: whether the query, key and value projections have a bias (Qwen2).
         qk_norm: whether queries and keys are RMS-normalised per head (Qwen3).
+        sliding_window: how many tokens, its own included, a token looks back on (Mistral), or None for all.
         tie_word_embeddings: whether the output head is the transposed embedding.
         dtype: dtype of activations and products.
         param_dtype: dtype in which the base weights are stored.
@@ -65,6 +66,7 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-6
     qkv_bias: bool = False
     qk_norm: bool = False
+    sliding_window: int | None = None
     tie_word_embeddings: bool = True
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -81,6 +83,8 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for the rotary embedding, got {self.head_dim}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1 or None, got {self.sliding_window}")
 
 
 class Cache(NamedTuple):
@@ -254,6 +258,8 @@ class Decoder(nnx.Module):
         mask = (key_slots[None, None, :] <= slots[None, :, None]) & (
             key_segments[:, None, :] == segment_ids[:, :, None]
         )
+        if self.config.sliding_window is not None:
+            mask &= key_slots[None, None, :] > slots[None, :, None] - self.config.sliding_window
         angles = positions[..., None] * rotary_frequencies(self.config)
         angles = jnp.concatenate([angles, angles], axis=-1)
         context = _Tokens((jnp.cos(angles), jnp.sin(angles)), mask[:, None])
