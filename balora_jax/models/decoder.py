@@ -276,11 +276,14 @@ class Decoder(nnx.Module):
             cache = Cache(kept[0], kept[1], key_segments, cache.length + length)
         return self.norm(x), cache
 
+    @property
+    def head(self) -> nnx.Module:
+        """The layer that `head_logits` takes."""
+        return self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
     def logits(self, hidden):
         """Maps hidden states `(..., hidden_size)` to float32 logits `(..., vocab_size)`."""
-        if self.config.tie_word_embeddings:
-            return self.embed_tokens.attend(hidden).astype(jnp.float32)
-        return self.lm_head(hidden).astype(jnp.float32)
+        return head_logits(self.head, hidden)
 
     def __call__(self, tokens, *, positions=None, segment_ids=None):
         """Returns float32 logits `(batch, length, vocab_size)`; arguments as for `hidden_states`."""
@@ -294,3 +297,9 @@ class Decoder(nnx.Module):
         slots = jnp.zeros((batch, capacity), jnp.int32)
         zeros = jnp.zeros(shape, config.dtype)
         return Cache(zeros, zeros, slots, jnp.zeros((), jnp.int32))
+
+
+def head_logits(head: Any, hidden: jax.Array) -> jax.Array:
+    """Maps hidden states `(..., hidden_size)` to float32 logits with an embedding, or a layer of its own."""
+    logits = head.attend(hidden) if isinstance(head, nnx.Embed) else head(hidden)
+    return logits.astype(jnp.float32)
