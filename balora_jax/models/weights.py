@@ -24,6 +24,29 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16")
 
 
+def abstract_decoder(
+    name: str | Path, *, dtype: str = "float32", param_dtype: str = "float32", remat: bool = False
+) -> Decoder:
+    """Reads a decoder's `config.json` alone: shapes stand in the place of the weights, which need not be there.
+
+    Args:
+        name: as for `load_decoder`.
+        dtype: as for `load_decoder`.
+        param_dtype: as for `load_decoder`.
+        remat: as for `load_decoder`.
+
+    Returns:
+        A model whose parameters are `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: the config is not supported.
+    """
+    config = read_config(model_folder(name, weights=False))
+    config = dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype, remat=remat)
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+
+
 def load_decoder(
     name: str | Path,
     *,
@@ -58,13 +81,12 @@ def load_decoder(
         (all layers) on their way; the largest parameters are first.
     """
     folder = model_folder(name)
-    config = dataclasses.replace(read_config(folder), dtype=dtype, param_dtype=param_dtype, remat=remat)
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    model = abstract_decoder(folder, dtype=dtype, param_dtype=param_dtype, remat=remat)
     state = nnx.state(model, nnx.Param)
     flat = dict(nnx.to_flat_state(state))
     tensors = _Tensors(folder)
     tensors.check({place.name: place.shape for key in flat for place in _places(key, flat[key].shape)})
-    if config.tie_word_embeddings:
+    if model.config.tie_word_embeddings:
         tensors.check_tied("lm_head.weight", "model.embed_tokens.weight")
     for key in sorted(flat, key=lambda key: -math.prod(flat[key].shape)):
         expected = flat[key].get_value()
