@@ -1,4 +1,4 @@
-"""The command line: `balora-jax run CONFIG [--output FOLDER] [--field.name VALUE ...]`."""
+"""The command line: `balora-jax COMMAND CONFIG [--output FOLDER] [--field.name VALUE ...]`."""
 
 import contextlib
 import io
@@ -15,6 +15,7 @@ from balora_jax.training.config import (
     ConfigError,
     Sweep,
     combinations,
+    expand,
     field_names,
     get_field,
     load_config,
@@ -25,8 +26,11 @@ from balora_jax.training.records import RunError
 
 USAGE = """usage: balora-jax run CONFIG [--output FOLDER] [--field.name VALUE ...]
 
+       balora-jax estimate CONFIG [--field.name VALUE ...]
+
 commands:
-  run    train and compare what a config file describes; the same command goes on after an interruption
+  run       train and compare what a config file describes; the same command goes on after an interruption
+  estimate  print the sizes and the memory of a step, before any weight is loaded
 
 Every field of the config can be set: balora-jax run CONFIG --help lists them.
 """
@@ -50,11 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(arguments: list[str]) -> int:
+def _read(command: str, arguments: list[str]) -> tuple[Config, Sweep, Path | None]:
     if not arguments or arguments[0].startswith("-"):
-        raise ConfigError("run needs a config file: balora-jax run CONFIG")
+        raise ConfigError(f"{command} needs a config file: balora-jax {command} CONFIG")
     config, sweep = load_config(arguments[0])
-    config, sweep, output = apply_overrides(config, sweep, arguments[1:], prog=f"balora-jax run {arguments[0]}")
+    return apply_overrides(config, sweep, arguments[1:], prog=f"balora-jax {command} {arguments[0]}")
+
+
+def _run(arguments: list[str]) -> int:
+    config, sweep, output = _read("run", arguments)
     from balora_jax.training import results, run  # heavy: after the cheap mistakes
 
     console = Console()
@@ -65,7 +73,21 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-_COMMANDS = {"run": _run}
+def _estimate(arguments: list[str]) -> int:
+    config, sweep, output = _read("estimate", arguments)
+    if output is not None:
+        raise ConfigError("estimate prints its result and has no --output")
+    from balora_jax.training import results
+    from balora_jax.training.estimate import estimate, report
+    from balora_jax.training.run import sort_into_populations
+
+    console = Console(width=max(Console().width, results.TABLE_WIDTH))
+    for name, members in sort_into_populations(expand(config, sweep)).items():
+        console.print(report(name, estimate(tuple(members.values()))))
+    return 0
+
+
+_COMMANDS = {"run": _run, "estimate": _estimate}
 
 
 def apply_overrides(

@@ -14,7 +14,8 @@ from rich.console import Console
 from balora_jax.cli import apply_overrides
 from balora_jax.data import recipes
 from balora_jax.data.batches import encode, pad
-from balora_jax.models.weights import PRETRAINED, load_decoder
+from balora_jax.models.folders import PRETRAINED
+from balora_jax.models.weights import load_decoder
 from balora_jax.training import load_config, run
 from balora_jax.training.config import expand
 from balora_jax.training.step import token_losses

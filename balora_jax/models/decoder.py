@@ -47,6 +47,7 @@ class DecoderConfig:
         rms_norm_eps: added to the mean square in every RMSNorm.
         qkv_bias: whether the query, key and value projections have a bias (Qwen2).
         qk_norm: whether queries and keys are RMS-normalised per head (Qwen3).
+        sliding_window: how many tokens, its own included, a token looks back on (Mistral), or None for all.
         tie_word_embeddings: whether the output head is the transposed embedding.
         dtype: dtype of activations and products.
         param_dtype: dtype in which the base weights are stored.
@@ -65,6 +66,7 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-6
     qkv_bias: bool = False
     qk_norm: bool = False
+    sliding_window: int | None = None
     tie_word_embeddings: bool = True
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -81,6 +83,8 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for the rotary embedding, got {self.head_dim}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1 or None, got {self.sliding_window}")
 
 
 class Cache(NamedTuple):
@@ -254,6 +258,8 @@ class Decoder(nnx.Module):
         mask = (key_slots[None, None, :] <= slots[None, :, None]) & (
             key_segments[:, None, :] == segment_ids[:, :, None]
         )
+        if self.config.sliding_window is not None:
+            mask &= key_slots[None, None, :] > slots[None, :, None] - self.config.sliding_window
         angles = positions[..., None] * rotary_frequencies(self.config)
         angles = jnp.concatenate([angles, angles], axis=-1)
         context = _Tokens((jnp.cos(angles), jnp.sin(angles)), mask[:, None])
@@ -270,11 +276,14 @@ class Decoder(nnx.Module):
             cache = Cache(kept[0], kept[1], key_segments, cache.length + length)
         return self.norm(x), cache
 
+    @property
+    def head(self) -> nnx.Module:
+        """The layer that `head_logits` takes."""
+        return self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
     def logits(self, hidden):
         """Maps hidden states `(..., hidden_size)` to float32 logits `(..., vocab_size)`."""
-        if self.config.tie_word_embeddings:
-            return self.embed_tokens.attend(hidden).astype(jnp.float32)
-        return self.lm_head(hidden).astype(jnp.float32)
+        return head_logits(self.head, hidden)
 
     def __call__(self, tokens, *, positions=None, segment_ids=None):
         """Returns float32 logits `(batch, length, vocab_size)`; arguments as for `hidden_states`."""
@@ -288,3 +297,9 @@ class Decoder(nnx.Module):
         slots = jnp.zeros((batch, capacity), jnp.int32)
         zeros = jnp.zeros(shape, config.dtype)
         return Cache(zeros, zeros, slots, jnp.zeros((), jnp.int32))
+
+
+def head_logits(head: Any, hidden: jax.Array) -> jax.Array:
+    """Maps hidden states `(..., hidden_size)` to float32 logits with an embedding, or a layer of its own."""
+    logits = head.attend(hidden) if isinstance(head, nnx.Embed) else head(hidden)
+    return logits.astype(jnp.float32)

@@ -1,135 +1,102 @@
-"""Reading and writing a decoder as a folder in Hugging Face's format: `config.json` and `model.safetensors`."""
+"""Reading and writing a decoder as a folder in Hugging Face's format: `config.json` and safetensors files."""
 
+import contextlib
 import dataclasses
 import json
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from balora_jax.models.decoder import SIZES, Decoder, DecoderConfig, RopeScaling
+from balora_jax.models.config_json import read_config, write_config
+from balora_jax.models.decoder import Decoder
+from balora_jax.models.folders import model_folder
 
-PRETRAINED = Path(__file__).parent / "pretrained"
-
-# What each family does that its config.json does not say.
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
-}
-_SAME_NAME = (*(name for name in SIZES if name != "head_dim"), "rms_norm_eps")
-# Fields that must have this value, if they are there at all.
-_REQUIRED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "quantization_config": None,
-}
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = ("F32", "F16", "BF16")
 
 
-def read_config(folder: str | Path) -> DecoderConfig:
-    """Reads a `config.json` of the Llama/Qwen family.
+def abstract_decoder(
+    name: str | Path, *, dtype: str = "float32", param_dtype: str = "float32", remat: bool = False
+) -> Decoder:
+    """Reads a decoder's `config.json` alone: shapes stand in the place of the weights, which need not be there.
 
     Args:
-        folder: holds `config.json`.
+        name: as for `load_decoder`.
+        dtype: as for `load_decoder`.
+        param_dtype: as for `load_decoder`.
+        remat: as for `load_decoder`.
 
     Returns:
-        The config, in float32 and without rematerialisation.
+        A model whose parameters are `jax.ShapeDtypeStruct`s.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a field has a value that `Decoder` does not implement, or is missing; the message names it.
+        FileNotFoundError: there is no such model.
+        ValueError: the config is not supported.
     """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a model folder must hold config.json and model.safetensors")
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    family = fields.get("model_type")
-    if family not in _FAMILIES:
-        raise ValueError(f"{path}: model_type must be one of {', '.join(_FAMILIES)}, got {family!r}")
-    for name, required in _REQUIRED.items():
-        if fields.get(name, required) != required:
-            raise ValueError(f"{path}: {name} must be {required!r}, got {fields[name]!r}: not implemented")
-    if fields.get("sliding_window") and family == "mistral":
-        raise ValueError(f"{path}: sliding_window must be null, got {fields['sliding_window']!r}: not implemented")
-    fields.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
-    missing = [name for name in _SAME_NAME if fields.get(name) is None]
-    if missing:
-        raise ValueError(f"{path}: the field {missing[0]} is missing")
-    rope = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
-    return DecoderConfig(
-        **{name: fields[name] for name in _SAME_NAME},
-        **_FAMILIES[family],
-        head_dim=fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"],
-        rope_theta=float(rope.get("rope_theta", fields.get("rope_theta", 10_000.0))),
-        rope_scaling=_rope_scaling(rope, path),
-        tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
-    )
-
-
-def _rope_scaling(rope: dict, path: Path) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ValueError(f"{path}: rope_scaling must be of type llama3 or absent, got {kind!r}: not implemented")
-    names = [field.name for field in dataclasses.fields(RopeScaling)]
-    missing = [name for name in names if name not in rope]
-    if missing:
-        raise ValueError(f"{path}: rope_scaling lacks the field {missing[0]}")
-    return RopeScaling(**{name: rope[name] for name in names})
+    config = read_config(model_folder(name, weights=False))
+    config = dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype, remat=remat)
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 
 def load_decoder(
-    folder: str | Path, *, dtype: str = "float32", param_dtype: str = "float32", remat: bool = False
+    name: str | Path,
+    *,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    remat: bool = False,
+    sharding: Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding] | None = None,
 ) -> Decoder:
     """Reads a decoder with its weights.
 
     Args:
-        folder: holds `config.json` and `model.safetensors`; or the name of a model that ships with this package.
+        name: a folder with `config.json` and the weights, in `model.safetensors` or in the files that
+            `model.safetensors.index.json` lists; the name of a model that ships with this package; or `owner/model` on
+            the Hugging Face hub.
         dtype: dtype of activations and products.
         param_dtype: dtype to which the weights are converted.
         remat: whether activations are recomputed in the backward pass.
+        sharding: where the parameters go: one sharding for all, or a function of a parameter's dotted path
+            (`"layers.mlp.gate_proj.kernel"`) and shape `(layers, in, out)`. Default: the default device.
 
     Returns:
         The model.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: the config is not supported, a tensor is missing or has the wrong shape, or the file is broken.
+        FileNotFoundError: there is no such model, or a file is missing.
+        ValueError: the config is not supported, a file is broken, or a tensor is missing, of the wrong shape or dtype,
+            or one that the model does not have.
+
+    Notes:
+        Parameters are read one after the other, tensor by tensor, and of a sharded one each process reads its own parts
+        alone. Beside the model the host holds one tensor, and, for other devices than CPUs, the parts of one parameter
+        (all layers) on their way; the largest parameters are first.
     """
-    shipped = PRETRAINED / str(folder)
-    if not Path(folder).exists() and shipped.is_dir():
-        folder = shipped
-    elif not Path(folder).is_dir():
-        names = ", ".join(sorted(p.name for p in PRETRAINED.glob("*") if p.is_dir()))
-        raise FileNotFoundError(f"{folder} must be a model folder or the name of a shipped model ({names})")
-    config = dataclasses.replace(read_config(folder), dtype=dtype, param_dtype=param_dtype, remat=remat)
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    path = Path(folder) / "model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a model folder must hold config.json and model.safetensors")
+    folder = model_folder(name)
+    model = abstract_decoder(folder, dtype=dtype, param_dtype=param_dtype, remat=remat)
     state = nnx.state(model, nnx.Param)
     flat = dict(nnx.to_flat_state(state))
-    try:
-        with safe_open(path, framework="numpy") as tensors:
-            _check_used(tensors.keys(), flat, config, path)
-            for key, variable in flat.items():
-                expected = variable.get_value()
-                array = _read(tensors, key, expected, config, path)
-                variable.set_value(jnp.asarray(array, expected.dtype))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is broken or not a safetensors file: {error}") from error
+    tensors = _Tensors(folder)
+    tensors.check({place.name: place.shape for key in flat for place in _places(key, flat[key].shape)})
+    if model.config.tie_word_embeddings:
+        tensors.check_tied("lm_head.weight", "model.embed_tokens.weight")
+    for key in sorted(flat, key=lambda key: -math.prod(flat[key].shape)):
+        expected = flat[key].get_value()
+        read = _reader(tensors, key, expected)
+        if sharding is None:
+            array = jax.device_put(read((slice(None),) * len(expected.shape)), may_alias=True)
+        else:
+            of_this = sharding if isinstance(sharding, Sharding) else sharding(".".join(map(str, key)), expected)
+            array = jax.make_array_from_callback(expected.shape, of_this, read)
+        flat[key].set_value(jax.block_until_ready(array))  # lest what was read for several waits to be copied
     nnx.update(model, state)
     return model
 
@@ -144,69 +111,151 @@ def save_decoder(model: Decoder, folder: str | Path) -> None:
     config = model.config
     if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
         raise ValueError("model must have no adapters; merge them with remove_adapters(model, merge=True) first")
-    if config.qkv_bias and config.qk_norm:
-        raise ValueError("a config with both qkv_bias and qk_norm belongs to no family and cannot be saved")
-    family = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
-    architecture = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[family]
-    fields = {
-        "architectures": [architecture],
-        "model_type": family,
-        **{name: getattr(config, name) for name in _SAME_NAME},
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_word_embeddings,
-    }
-    if config.rope_scaling is not None:
-        fields["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
     tensors = {}
     for key, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         array = np.asarray(jax.device_get(variable[...]))
-        layers = range(config.num_hidden_layers) if key[0] == "layers" else (None,)
-        for layer in layers:
-            name, transposed = _tensor_name(key, layer)
-            tensor = array if layer is None else array[layer]
-            tensors[name] = np.ascontiguousarray(tensor.T if transposed else tensor)
+        for place in _places(key, array.shape):
+            tensor = array if place.layer is None else array[place.layer]
+            tensors[place.name] = np.ascontiguousarray(tensor.T if place.transposed else tensor)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_config(config, folder)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def _tensor_name(key: tuple, layer: int | None) -> tuple[str, bool]:
-    """Hugging Face's name of a parameter of one layer, and whether its tensor is the transpose of ours."""
+class _Place(NamedTuple):
+    """A tensor in Hugging Face's files, and the part of one of our parameters that it is."""
+
+    name: str
+    shape: tuple[int, ...]  # in the file
+    layer: int | None  # of a stack
+    transposed: bool
+
+
+def _places(key: tuple, shape: tuple[int, ...]) -> list[_Place]:
+    """The tensors of a parameter of this shape: one for each layer if layers are stacked."""
     *parents, leaf = map(str, key)
-    if layer is not None:
-        parents[0] = f"layers.{layer}"
+    stacked, transposed = parents[0] == "layers", leaf == "kernel"
     prefix = "" if parents[0] == "lm_head" else "model."
-    return f"{prefix}{'.'.join(parents)}.{'bias' if leaf == 'bias' else 'weight'}", leaf == "kernel"
+    suffix = "bias" if leaf == "bias" else "weight"
+    own = shape[1:] if stacked else shape
+    return [
+        _Place(
+            name=f"{prefix}{'.'.join(['layers', str(layer), *parents[1:]] if stacked else parents)}.{suffix}",
+            shape=own[::-1] if transposed else own,
+            layer=layer,
+            transposed=transposed,
+        )
+        for layer in (range(shape[0]) if stacked else (None,))
+    ]
 
 
-def _check_used(present, keys, config: DecoderConfig, path: Path) -> None:
-    """Raises if the file holds a tensor that the config has no place for."""
-    layers = range(config.num_hidden_layers)
-    used = {_tensor_name(key, n)[0] for key in keys for n in (layers if key[0] == "layers" else (None,))}
-    used.add("lm_head.weight")  # some files hold it though it is tied
-    unused = sorted(name for name in present if name not in used and not name.endswith("rotary_emb.inv_freq"))
-    if unused:
-        raise ValueError(f"{path} holds the tensor {unused[0]}, which a model of this config does not have")
+def _reader(tensors: "_Tensors", key: tuple, expected: jax.ShapeDtypeStruct) -> Callable[[Any], np.ndarray]:
+    """A function from the slices of a part of a parameter to the part, read from the files."""
+    places = _places(key, expected.shape)
+
+    def read_one(place: _Place, index: tuple) -> np.ndarray:
+        return tensors.read(place.name, index[::-1]).T if place.transposed else tensors.read(place.name, index)
+
+    def read(index) -> np.ndarray:
+        sizes = [len(range(size)[part]) for size, part in zip(expected.shape, index, strict=True)]
+        out = _aligned(sizes, expected.dtype)
+        if places[0].layer is None:
+            out[...] = read_one(places[0], index)
+        else:
+            for row, place in zip(out, places[index[0]], strict=True):
+                row[...] = read_one(place, index[1:])
+        return out
+
+    return read
 
 
-def _read(tensors, key: tuple, expected: jax.ShapeDtypeStruct, config: DecoderConfig, path: Path) -> np.ndarray:
-    """One parameter from the file, its layers stacked."""
-    stacked = key[0] == "layers"
-    present = set(tensors.keys())
-    parts = []
-    for layer in range(config.num_hidden_layers) if stacked else (None,):
-        name, transposed = _tensor_name(key, layer)
-        if name not in present:
-            raise ValueError(f"{path} lacks the tensor {name}")
-        tensor = tensors.get_tensor(name)
-        tensor = tensor.T if transposed else tensor
-        shape = expected.shape[1:] if stacked else expected.shape
-        if tensor.shape != shape:
-            wanted = shape[::-1] if transposed else shape
-            found = tensor.shape[::-1] if transposed else tensor.shape
-            raise ValueError(f"{path}: the tensor {name} must have shape {wanted}, got {found}")
-        parts.append(tensor)
-    return np.stack(parts) if stacked else parts[0]
+def _aligned(shape: list[int], dtype: jnp.dtype) -> np.ndarray:
+    """An empty array at a multiple of 64 bytes, which a CPU device takes over where it would copy another."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+class _Tensors:
+    """The tensors of a folder, in one file or in several, none of them held in memory."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._files: dict[str, Path] = {}
+        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        listed = {} if (folder / WEIGHTS).is_file() else _read_index(folder)
+        for path in sorted({folder / file for file in listed.values()} or {folder / WEIGHTS}):
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    if listed and listed.get(name) != path.name:
+                        raise ValueError(f"{path} holds the tensor {name}, which {INDEX} does not have there")
+                    part = file.get_slice(name)
+                    self._files[name], self._headers[name] = path, (tuple(part.get_shape()), part.get_dtype())
+        absent = [name for name in listed if name not in self._files]
+        if absent:
+            raise ValueError(f"{folder / listed[absent[0]]} lacks the tensor {absent[0]}, which {INDEX} has there")
+
+    def read(self, name: str, index: tuple) -> np.ndarray:
+        """A part of a tensor, given by slices."""
+        with _opened(self._files[name]) as file:  # anew for each, lest the pages of a mapped file add up
+            return file.get_slice(name)[index]
+
+    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Raises if a tensor is missing, does not fit, or has no place in the model."""
+        for name, shape in expected.items():
+            if name not in self._headers:
+                raise ValueError(f"{self._folder} lacks the tensor {name}")
+            found, dtype = self._headers[name]
+            if found != shape:
+                raise ValueError(f"{self._files[name]}: the tensor {name} must have shape {shape}, got {found}")
+            if dtype not in _DTYPES:
+                raise ValueError(
+                    f"{self._files[name]}: the tensor {name} must be of dtype {' or '.join(_DTYPES)}, got {dtype}"
+                )
+        for name, path in self._files.items():
+            # some files hold the head though it is tied, old ones the frequencies of the rotary embedding
+            if name not in expected and name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
+                raise ValueError(f"{path} holds the tensor {name}, which a model of this config does not have")
+
+    def check_tied(self, name: str, other: str) -> None:
+        """Raises if the first tensor is there and is not the second."""
+        if name not in self._files:
+            return
+        shape = self._headers[other][0]
+        same = self._headers[name] == self._headers[other]
+        rows = 1 + 2**24 // shape[1]  # a part at a time
+        for start in range(0, shape[0] if same else 0, rows):
+            index = slice(start, min(start + rows, shape[0])), slice(None)
+            same = same and np.array_equal(self.read(name, index), self.read(other, index))
+        if not same:
+            raise ValueError(
+                f"{self._files[name]}: the tensor {name} must be {other}, because config.json has "
+                f"tie_word_embeddings, but it differs"
+            )
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is broken or not a safetensors file: {error}") from error
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """The file of each tensor."""
+    path = folder / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} must hold {WEIGHTS} or {INDEX}, found neither")
+    try:
+        files = json.loads(path.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must be JSON with a weight_map: {type(error).__name__}: {error}") from error
+    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+        raise ValueError(f"{path}: weight_map must give the file of each tensor, got {files!r:.80}")
+    return files

@@ -41,7 +41,8 @@ class ModelSettings:
     """The frozen base.
 
     Attributes:
-        path: folder in Hugging Face's format, or the name of a model that ships with the package.
+        path: folder in Hugging Face's format, the name of a model that ships with the package, or `owner/model` on the
+            Hugging Face hub.
         dtype: dtype of activations and products.
         param_dtype: dtype of the base weights.
         remat: whether activations are recomputed in the backward pass.

@@ -29,6 +29,7 @@ from balora_jax.adapters import (
 from balora_jax.balance import balancing_gap
 from balora_jax.methods import get_method
 from balora_jax.models import Decoder
+from balora_jax.models.cross_entropy import token_cross_entropy
 from balora_jax.pairs import find_pairs, read_pairs
 from balora_jax.training.config import NUMERIC_FIELDS, Config, get_field, with_field
 
@@ -62,7 +63,7 @@ def named_key(seed: jax.typing.ArrayLike, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-def token_losses(model: nnx.Module, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def token_losses(model: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Returns the cross-entropy (nats) of every token that must be predicted and the mask of these tokens.
 
     Args:
@@ -73,9 +74,9 @@ def token_losses(model: nnx.Module, batch: Batch) -> tuple[jax.Array, jax.Array]
         Two arrays `(rows, length - 1)`; losses are 0 outside the mask.
     """
     inputs = {name: batch[name][:, :-1] for name in ("tokens", "positions", "segment_ids")}
-    logits = model(**inputs)
+    hidden, _ = model.hidden_states(**inputs)
     mask = batch["loss_mask"][:, 1:]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:])
+    losses = token_cross_entropy(model, hidden, batch["tokens"][:, 1:])
     return jnp.where(mask, losses, 0.0), mask
 
 

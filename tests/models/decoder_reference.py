@@ -14,6 +14,7 @@ CONFIGS = {
     "llama": DecoderConfig(**SIZES, **HEADS, rms_norm_eps=1e-5, tie_word_embeddings=False),
     "llama3": DecoderConfig(**SIZES, **HEADS, rope_theta=500.0, rope_scaling=LLAMA3),
     "qwen2": DecoderConfig(**SIZES, **{**HEADS, "num_key_value_heads": 1, "head_dim": 4}, qkv_bias=True),
+    "mistral": DecoderConfig(**SIZES, **HEADS, sliding_window=7),
     "qwen3": DecoderConfig(
         **SIZES, **{**HEADS, "num_key_value_heads": 4}, rope_theta=1e6, qk_norm=True, tie_word_embeddings=False
     ),
@@ -64,7 +65,10 @@ def _one_text(config, params, tokens, positions, segment_ids):
 def _attention(x, layer, positions, segment_ids, config):
     length, width = len(x), config.head_dim
     angles = positions[:, None] * _frequencies(config)
-    visible = np.tril(np.ones((length, length), bool)) & (segment_ids[:, None] == segment_ids[None, :])
+    visible = np.tril(np.ones((length, length), bool))
+    if config.sliding_window is not None:
+        visible &= ~np.tril(visible, -config.sliding_window)
+    visible &= segment_ids[:, None] == segment_ids[None, :]
     group = config.num_attention_heads // config.num_key_value_heads
     heads = []
     for head in range(config.num_attention_heads):

@@ -99,7 +99,7 @@ def continuation(model, prompt, new_tokens, eos_id):
     return row[0, length : length + new_tokens]
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2"])
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2"])
 def test_generation_from_a_cache_is_generation_without(name):
     model, lengths = random_decoder(CONFIGS[name]), (3, 6, 1)
     prompts, segment_ids = text(len(lengths), 6), np.zeros((len(lengths), 6), int)

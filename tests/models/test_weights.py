@@ -1,17 +1,20 @@
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoder_reference import CONFIGS, SIZES, random_decoder
+from decoder_reference import CONFIGS, random_decoder
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from balora_jax.adapters import add_adapters
-from balora_jax.models import DecoderConfig, RopeScaling, weights
-from balora_jax.models.weights import load_decoder, read_config, save_decoder
+from balora_jax.models.config_json import write_config
+from balora_jax.models.weights import load_decoder, save_decoder
 
 LLAMA = CONFIGS["llama"]
 ABSENT = object()
@@ -95,74 +98,6 @@ def test_tensors_have_the_published_names_and_layout(tmp_path):
     np.testing.assert_array_equal(tensors["model.embed_tokens.weight"], model.embed_tokens.embedding[...])
 
 
-PLAIN = {
-    **SIZES,
-    "model_type": "llama",
-    "num_attention_heads": 4,
-    "rms_norm_eps": 1e-6,
-}
-SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-PLAIN_CONFIG = DecoderConfig(
-    **SIZES, num_attention_heads=4, num_key_value_heads=4, head_dim=4, tie_word_embeddings=False
-)
-
-
-@pytest.mark.parametrize(
-    ("fields", "changes"),
-    [
-        ({}, {}),  # what a config.json may leave out
-        ({"head_dim": None, "rope_scaling": None, "sliding_window": 9}, {}),
-        ({"model_type": "mistral", "sliding_window": None}, {}),
-        ({"model_type": "qwen2", "sliding_window": 9, "use_sliding_window": False}, {"qkv_bias": True}),
-        ({"model_type": "qwen3", "head_dim": 6}, {"qk_norm": True, "head_dim": 6}),
-        ({"num_key_value_heads": 2}, {"num_key_value_heads": 2}),
-        ({"tie_word_embeddings": True}, {"tie_word_embeddings": True}),
-        ({"rope_theta": 500}, {"rope_theta": 500.0}),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 500}}, {"rope_theta": 500.0}),
-        ({"rope_scaling": {"rope_type": "llama3", **SCALING}}, {"rope_scaling": RopeScaling(**SCALING)}),
-        ({"rope_scaling": {"type": "llama3", **SCALING}}, {"rope_scaling": RopeScaling(**SCALING)}),
-        (
-            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 7, **SCALING}},
-            {"rope_scaling": RopeScaling(**SCALING), "rope_theta": 7.0},
-        ),
-    ],
-)
-def test_read_config(fields, changes, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({**PLAIN, **fields}))
-    assert read_config(tmp_path) == dataclasses.replace(PLAIN_CONFIG, **changes)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"model_type": "gpt2"}, "model_type must be one of llama, mistral, qwen2, qwen3, got 'gpt2'"),
-        ({"model_type": ABSENT}, "model_type must be one of .* got None"),
-        ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
-        ({"attention_bias": True}, "attention_bias must be False, got True"),
-        ({"mlp_bias": True}, "mlp_bias must be False, got True"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window must be null, got 4096"),
-        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window must be False, got True"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling must be of type llama3 .* got 'linear'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling must be .* got 'yarn'"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "must be .* got 'dynamic'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling lacks the field low_freq_factor"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads must divide"),
-        *[({name: ABSENT}, f"the field {name} is missing") for name in (*SIZES, "num_attention_heads", "rms_norm_eps")],
-    ],
-)
-def test_unsupported_configs_are_refused(fields, message, tmp_path):
-    content = {name: value for name, value in {**PLAIN, **fields}.items() if value is not ABSENT}
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
-        read_config(tmp_path)
-
-
-def test_a_broken_config_file_is_named(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "lla')
-    with pytest.raises(ValueError, match=r"config\.json"):
-        read_config(tmp_path)
-
-
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -186,6 +121,182 @@ def test_weights_that_do_not_fit_are_refused(fields, tensors, message, tmp_path)
         load_decoder(saved(tmp_path, fields=fields, tensors=tensors))
 
 
+def in_parts(folder, names=None):
+    """Splits the weights of a folder over two files and an index, tensors of one layer in both."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    names = sorted(tensors) if names is None else names
+    files = {name: f"model-0000{1 + index % 2}-of-00002.safetensors" for index, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in names if files[name] == file}, folder / file)
+    path.unlink()
+    write_index(folder, files)
+    return files
+
+
+def write_index(folder, files):
+    content = {"metadata": {"total_size": 0}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_weights_in_several_files(config, tmp_path):
+    expected = load_decoder(saved(tmp_path, config))
+    assert len(set(in_parts(tmp_path).values())) == 2
+    assert_same_parameters(load_decoder(tmp_path), expected)
+
+
+def test_damaged_weights_in_several_files_are_refused(tmp_path):
+    saved(tmp_path)
+    files = in_parts(tmp_path)
+    file = tmp_path / files[QUERY]
+    index = "model.safetensors.index.json"
+    other = next(name for name in files.values() if name != files[QUERY])
+
+    def refused(files, message, error=ValueError):
+        write_index(tmp_path, files)
+        with pytest.raises(error, match=message):
+            load_decoder(tmp_path)
+
+    refused({name: f for name, f in files.items() if name != QUERY}, f"{file} holds the tensor {QUERY}, which {index}")
+    refused({**files, QUERY: other}, f"{file} holds the tensor {QUERY}, which {index}")
+    refused({**files, "extra": other}, f"{tmp_path / other} lacks the tensor extra, which {index}")
+    refused({**files, QUERY: "absent.safetensors"}, r"absent\.safetensors does not exist", FileNotFoundError)
+    refused({}, "weight_map must give the file of each tensor, got {}")
+    refused({**files, QUERY: 3}, "weight_map must give the file of each tensor")
+    (tmp_path / index).write_text("{}")
+    with pytest.raises(ValueError, match=f"{index} must be JSON with a weight_map: KeyError"):
+        load_decoder(tmp_path)
+    write_index(tmp_path, files)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{file} is broken"):
+        load_decoder(tmp_path)
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_files_of_every_dtype(param_dtype, tmp_path):
+    expected = load_decoder(saved(tmp_path))
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    dtypes = (np.float16, jnp.bfloat16, np.float32)
+    mixed = {name: tensors[name].astype(dtypes[index % 5 % 3]) for index, name in enumerate(sorted(tensors))}
+    assert {str(mixed[f"model.layers.{n}.mlp.up_proj.weight"].dtype) for n in (0, 1)} == {"float16", "bfloat16"}
+    save_file(mixed, path)
+    found = load_decoder(tmp_path, param_dtype=param_dtype)
+    for (key, variable), (_, other) in zip(
+        *(nnx.to_flat_state(nnx.state(model)) for model in (found, expected)), strict=True
+    ):
+        assert variable.dtype == param_dtype
+        values = np.asarray(variable[...], np.float32)
+        np.testing.assert_allclose(values, other[...], rtol=2**-7, atol=1e-7, err_msg=str(key))
+    query = found.layers.self_attn.q_proj.kernel[1]
+    np.testing.assert_array_equal(query, mixed[QUERY].T.astype(param_dtype))
+
+
+def test_other_dtypes_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=f"{QUERY} must be of dtype F32 or F16 or BF16, got I8"):
+        load_decoder(saved(tmp_path, tensors={QUERY: np.zeros((32, 16), np.int8)}))
+
+
+def test_a_tied_head_in_the_file_must_be_the_embedding(tmp_path):
+    config = dataclasses.replace(LLAMA, tie_word_embeddings=True)
+    embedding = np.asarray(random_decoder(config).embed_tokens.embedding[...])
+    folder = saved(tmp_path / "same", config, tensors={"lm_head.weight": embedding})
+    assert_same_parameters(load_decoder(folder), random_decoder(config))
+    for name, head in (("values", embedding + np.eye(29, 16, -13, "f4")), ("shape", embedding[:5].copy())):
+        with pytest.raises(ValueError, match=r"lm_head\.weight must be model\.embed_tokens\.weight, .* but it differs"):
+            load_decoder(saved(tmp_path / name, config, tensors={"lm_head.weight": head}))
+
+
+def run_python(code, *arguments, devices=1):
+    """Runs code in a process of its own and returns what it prints."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_parameters_go_to_their_devices_and_only_their_parts_are_read(tmp_path):
+    code = """
+import sys
+import jax, numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from balora_jax.models import weights
+
+mesh = jax.make_mesh((2, 2), ("x", "y"))
+layouts = {
+    "layers.mlp.gate_proj.kernel": PartitionSpec(None, "x", "y"),
+    "layers.self_attn.q_proj.kernel": PartitionSpec("y", None, "x"),
+}
+read, sizes, shapes = weights._Tensors.read, {}, {}
+
+def spied(self, name, index):
+    part = read(self, name, index)
+    sizes.setdefault(name, []).append(part.size)
+    return part
+
+def sharding(path, expected):
+    shapes[path] = expected.shape, expected.dtype
+    return NamedSharding(mesh, layouts.get(path, PartitionSpec()))
+
+weights._Tensors.read = spied
+models = [weights.load_decoder(sys.argv[1], sharding=sharding)]
+assert shapes["layers.mlp.gate_proj.kernel"] == ((2, 16, 24), np.float32), shapes
+for layer in (0, 1):
+    assert sizes[f"model.layers.{layer}.mlp.gate_proj.weight"] == 4 * [16 * 24 / 4]
+    assert set(sizes[f"model.layers.{layer}.self_attn.q_proj.weight"]) == {16 * 32 / 2}
+replicated = NamedSharding(mesh, PartitionSpec())
+models += [weights.load_decoder(sys.argv[1], sharding=replicated), weights.load_decoder(sys.argv[1])]
+for (path, one), (_, two), (_, three) in zip(*(nnx.to_flat_state(nnx.state(model)) for model in models), strict=True):
+    assert one.get_value().sharding == NamedSharding(mesh, layouts.get(".".join(path), PartitionSpec())), path
+    assert two.get_value().sharding == replicated
+    assert three.get_value().sharding.device_set == {jax.devices()[0]}
+    np.testing.assert_array_equal(one[...], three[...])
+    np.testing.assert_array_equal(two[...], three[...])
+"""
+    run_python(code, saved(tmp_path), devices=4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of the process from /proc")
+def test_loading_needs_the_memory_of_the_model_and_little_more(tmp_path):
+    config = dataclasses.replace(
+        LLAMA, vocab_size=4096, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_key_value_heads=4,
+        head_dim=128,
+    )  # fmt: skip
+    write_config(config, tmp_path)
+    shapes = {
+        "mlp.gate_proj": (2048, 512), "mlp.up_proj": (2048, 512), "mlp.down_proj": (512, 2048),
+        **{f"self_attn.{name}_proj": (512, 512) for name in "qkvo"},
+        "input_layernorm": (512,), "post_attention_layernorm": (512,),
+    }  # fmt: skip
+    tensors = {
+        f"model.layers.{layer}.{name}.weight": np.ones(shape, jnp.bfloat16)
+        for layer in range(12)
+        for name, shape in shapes.items()
+    }
+    tensors |= {"model.norm.weight": np.ones(512, jnp.bfloat16)}
+    tensors |= {name: np.ones((4096, 512), jnp.bfloat16) for name in ("lm_head.weight", "model.embed_tokens.weight")}
+    save_file(tensors, tmp_path / "model.safetensors")
+    code = """
+import sys
+import jax.numpy as jnp
+from balora_jax.models.weights import load_decoder
+
+def kilobytes(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+jnp.ones(8).astype("bfloat16").block_until_ready()
+before = kilobytes("VmRSS")
+model = load_decoder(sys.argv[1])
+print(1024 * (kilobytes("VmHWM") - before))
+"""
+    model = 4 * sum(tensor.size for tensor in tensors.values())
+    above = int(run_python(code, tmp_path)) - model
+    assert above < 16e6, "three parameters have 50 MB, the largest tensor 4 MB"
+
+
 @pytest.mark.parametrize("kept", [0, 5, 200, -1])
 def test_a_truncated_file_is_refused(kept, tmp_path):
     path = saved(tmp_path) / "model.safetensors"
@@ -199,20 +310,6 @@ def test_a_missing_file_is_named(name, tmp_path):
     (saved(tmp_path) / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
         load_decoder(tmp_path)
-
-
-def test_shipped_models_go_by_name(tmp_path, monkeypatch):
-    shipped = tmp_path / "shipped"
-    for name, config in (("first", LLAMA), ("second", CONFIGS["qwen2"])):
-        saved(shipped / name, config)
-    monkeypatch.setattr(weights, "PRETRAINED", shipped)
-    monkeypatch.chdir(tmp_path)
-    assert load_decoder("second").config == CONFIGS["qwen2"]
-    for absent in ("third", tmp_path / "third", shipped / "first" / "config.json"):
-        with pytest.raises(FileNotFoundError, match=r"shipped model \(first, second\)"):
-            load_decoder(absent)
-    saved(tmp_path / "second", CONFIGS["qwen3"])
-    assert load_decoder("second").config == CONFIGS["qwen3"]  # a folder of one's own goes first
 
 
 def test_adapters_are_not_saved_as_weights(tmp_path):

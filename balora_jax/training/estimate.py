@@ -1,0 +1,190 @@
+"""What a run will take, from shapes alone: parameters, optimizer state, and the memory of the compiled step."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.table import Table
+
+from balora_jax.models.weights import abstract_decoder
+from balora_jax.training.config import Config, ConfigError
+from balora_jax.training.step import Program, TrainState
+
+# Keeps the compiler from widening all bfloat16 weights to float32 at once, which it does for CPUs.
+_NARROW: dict[str, str | bool] = {
+    "xla_disable_hlo_passes": "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"
+}
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Memory of a compiled step, in bytes.
+
+    Attributes:
+        arguments: the base, the states of all runs and a batch.
+        temporaries: everything that lives within a step.
+    """
+
+    arguments: int
+    temporaries: int
+
+    @property
+    def peak(self) -> int:
+        """Both together."""
+        return self.arguments + self.temporaries
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a population of runs will take.
+
+    Attributes:
+        base: number and bytes of the frozen parameters.
+        adapters: the shapes of the trained parameters of every adapted layer, by its dotted path, of one run.
+        trained: number and bytes of the trained parameters of one run.
+        opt_state: number and bytes of the numbers in the optimizer's state of one run.
+        members: number of runs that are trained together.
+        step: memory of a step of all of them, as compiled for this device.
+        narrow_step: for a base or activations in bfloat16 on a CPU: the same without the float32 copies of all weights
+            that only CPUs make; else None.
+        device: for which the step was compiled.
+        seconds: that compiling it took.
+    """
+
+    base: tuple[int, int]
+    adapters: dict[str, tuple[tuple[int, ...], ...]]
+    trained: tuple[int, int]
+    opt_state: tuple[int, int]
+    members: int
+    step: StepMemory
+    narrow_step: StepMemory | None
+    device: str
+    seconds: float
+
+
+def estimate(members: Sequence[Config]) -> Estimate:
+    """Estimates what runs that are trained together will take; no weight is read, and nothing is computed.
+
+    Args:
+        members: their configs, which differ in numeric fields alone. Their model's folder need hold `config.json` only.
+
+    Raises:
+        ConfigError: there is no such model, or adapters do not go on it.
+
+    Notes:
+        The compiler's figures are those of one device without sharding. What evaluation and generation take is not
+        among them, nor is what the device itself reserves.
+    """
+    config = members[0]
+    settings = config.model
+    try:
+        model = abstract_decoder(
+            settings.path, dtype=settings.dtype, param_dtype=settings.param_dtype, remat=settings.remat
+        )
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"model.path: {error}") from error
+    graph, bare = nnx.split(model)
+
+    def program(bare: nnx.State) -> Program:  # made anew within each trace, where shapes do for a base
+        return Program(config, nnx.merge(graph, bare, copy=True))
+
+    def step(states: TrainState, bare: nnx.State, batches: dict[str, jax.Array]):
+        traced = program(bare)
+        return traced.step(states, traced.base, batches)
+
+    try:
+        states = jax.eval_shape(lambda bare: _initial_state(program(bare), members), bare)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    training = config.training
+    rows = (len(members), training.accumulate, training.batch_size)
+    start = time.perf_counter()
+    lowered = jax.jit(step, donate_argnums=0).lower(states, bare, _batch(*rows, config.data.length))
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    device = jax.devices()[0]
+    widened = device.platform == "cpu" and "bfloat16" in (settings.dtype, settings.param_dtype)
+    adapters: dict[str, tuple[tuple[int, ...], ...]] = {}
+    for key, leaf in nnx.to_flat_state(states.adapters):
+        path = ".".join(map(str, key[:-1]))
+        adapters[path] = (*adapters.get(path, ()), leaf.shape[1:])
+    return Estimate(
+        base=_size(bare),
+        adapters=adapters,
+        trained=_size(states.adapters, len(members)),
+        opt_state=_size(states.opt_state, len(members)),
+        members=len(members),
+        step=_memory(compiled),
+        narrow_step=_memory(lowered.compile(compiler_options=_NARROW)) if widened else None,
+        device=device.device_kind,
+        seconds=seconds,
+    )
+
+
+def report(name: str, found: Estimate) -> Table:
+    """Returns an estimate as a table.
+
+    Args:
+        name: of the population.
+        found: the estimate.
+    """
+    table = Table(title=name, title_justify="left", show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    table.add_row("parameters of the base", f"{found.base[0]:,}", _bytes(found.base[1]), end_section=True)
+    for path, shapes in found.adapters.items():
+        size = sum(map(math.prod, shapes))
+        table.add_row(f"{path}: {' + '.join(map(str, shapes))}", f"{size:,}", _bytes(4 * size))  # float32
+    share = f"trained parameters ({found.trained[0] / found.base[0]:.2%} of the base)"
+    table.add_row(share, f"{found.trained[0]:,}", _bytes(found.trained[1]))
+    table.add_row("optimizer state", f"{found.opt_state[0]:,}", _bytes(found.opt_state[1]), end_section=True)
+    runs = "one run" if found.members == 1 else f"{found.members} runs together"
+    table.add_row("base, states and batch", "", _bytes(found.step.arguments))
+    table.add_row("temporaries", "", _bytes(found.step.temporaries))
+    table.add_row(f"peak of a step of {runs} on {found.device}", "", _bytes(found.step.peak))
+    if found.narrow_step is not None:
+        table.add_row("without the float32 copies of weights that only CPUs make", "", _bytes(found.narrow_step.peak))
+    table.caption = f"compiled in {found.seconds:.0f} s"
+    return table
+
+
+def _initial_state(program: Program, members: Sequence[Config]) -> TrainState:
+    count, rows = program.gradient_batches
+    if not count:
+        return program.initial_state(members)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _batch(count, rows, members[0].data.length))
+    return program.initial_state(members, {member.seed: zeros for member in members})
+
+
+def _batch(*shape: int) -> dict[str, Any]:
+    """The shapes of a batch, as `balora_jax.data.batches` makes them."""
+    integers = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "positions", "segment_ids")}
+    return {**integers, "loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool_)}
+
+
+def _size(tree: Any, members: int = 1) -> tuple[int, int]:
+    """Number of numbers and bytes of a tree, of one member."""
+    leaves = jax.tree.leaves(tree)
+    return sum(x.size for x in leaves) // members, sum(x.size * x.dtype.itemsize for x in leaves) // members
+
+
+def _memory(compiled: jax.stages.Compiled) -> StepMemory:
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise ConfigError(f"the compiler for {jax.devices()[0].device_kind} does not tell the memory of a program")
+    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes  # what does not take the place of an argument
+    return StepMemory(analysis.argument_size_in_bytes, analysis.temp_size_in_bytes + new)
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}"
+        number /= 1024
+    return f"{number:.1f} GiB"

@@ -1,0 +1,101 @@
+"""What is estimated from config.json alone is what the loaded model takes."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from balora_jax.adapters import iter_adapters
+from balora_jax.cli import main
+from balora_jax.models.weights import load_decoder
+from balora_jax.training import ConfigError
+from balora_jax.training.estimate import estimate
+from balora_jax.training.step import Program
+
+
+@pytest.fixture(scope="module")
+def bare_folder(model_folder, tmp_path_factory):
+    """The tiny model without its weights."""
+    folder = tmp_path_factory.mktemp("bare")
+    (folder / "config.json").write_bytes((model_folder / "config.json").read_bytes())
+    return folder
+
+
+def at(config, folder, **changes):
+    """A config whose model is in a folder."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder), **changes))
+
+
+def bytes_of(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def test_it_is_what_the_loaded_model_takes(members, model_folder, bare_folder):
+    configs = [members(method="dora", seed=seed, adapter__rank=2) for seed in (0, 1)]
+    found = estimate([at(config, bare_folder) for config in configs])
+    program = Program(configs[0], load_decoder(model_folder))
+    state = program.initial_state(configs)
+    batches = {name: jnp.ones((2, 1, 2, 48), jnp.int32) for name in ("tokens", "positions", "segment_ids")}
+    batches["loss_mask"] = jnp.ones((2, 1, 2, 48), bool)
+    analysis = program.step.lower(state, program.base, batches).compile().memory_analysis()
+    weights = jax.tree.leaves(program._bare[1])
+    assert found.base == (sum(leaf.size for leaf in weights), bytes_of(weights))
+    assert found.trained[1] == bytes_of(state.adapters) / 2 == 4 * found.trained[0]
+    assert found.opt_state[1] == bytes_of(state.opt_state) / 2
+    assert found.members == 2
+    one = program.member_model(jax.tree.map(lambda leaf: leaf[0], state), program.base)
+    for path, adapter in iter_adapters(one):
+        assert found.adapters[path] == (adapter.lora_a.shape, adapter.lora_b.shape, adapter.magnitude.shape)
+    assert found.step.arguments == pytest.approx(analysis.argument_size_in_bytes, rel=0.01)
+    assert found.step.temporaries == pytest.approx(analysis.temp_size_in_bytes, rel=0.1)
+    assert found.narrow_step is None
+
+
+def test_a_large_vocabulary_and_a_bfloat16_base(members, bare_folder, tmp_path):
+    """No step on 8 x 1024 tokens holds all their logits, and only CPUs widen the base."""
+    content = json.loads((bare_folder / "config.json").read_text())
+    content |= {"vocab_size": 151_936, "hidden_size": 256, "intermediate_size": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    config = members(training__batch_size=8, data__length=1024)
+    found = estimate([at(config, tmp_path, dtype="bfloat16", param_dtype="bfloat16", remat=True)])
+    assert found.step.temporaries < 4 * 8 * 1023 * 151_936 / 2
+    assert found.base[1] == 2 * found.base[0]
+    if jax.default_backend() == "cpu":
+        kernels_in_float32 = 4 * 2 * 3 * 256 * 4096
+        assert found.narrow_step.peak < found.step.peak - 0.8 * kernels_in_float32
+
+
+def test_the_command_prints_it_before_any_weight_is_there(bare_folder, tmp_path, capsys):
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from balora_jax.training import *\n"
+        f"config = Config(name='dry', model=ModelSettings(path={str(bare_folder)!r}))\n"
+        "sweep = {'seed': (0, 1, 2)}\n"
+    )
+    options = "--method lora_ga --adapter.rank 2 --adapter.targets q_proj o_proj"  # a method that starts from data
+    assert main(["estimate", str(file), *options.split()]) == 0
+    printed = capsys.readouterr().out
+    assert "layers.self_attn.q_proj: (2, 16, 2) + (2, 2, 16)" in printed
+    assert "layers.self_attn.o_proj" in printed
+    assert "3 runs together" in printed
+    assert "trained parameters" in printed
+    assert "256" in printed  # 2 targets of 2 layers, each (16 + 16) x 2
+    assert main(["estimate", str(file), "--output", "somewhere"]) == 2
+    assert main(["estimate"]) == 2
+    assert "estimate needs a config file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"adapter__targets": ("k_prj",)}, "did you mean 'k_proj'"), ({"adapter__rank": 99}, "rank must be from 1 to")],
+)
+def test_what_cannot_be_run_cannot_be_estimated(changes, message, members):
+    with pytest.raises(ConfigError, match=message):
+        estimate([members(**changes)])
+
+
+def test_a_missing_model_is_named(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.path: .*absent must be a model folder"):
+        estimate([at(config, tmp_path / "absent")])
