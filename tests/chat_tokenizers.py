@@ -2,11 +2,6 @@
 
 import json
 
-import pytest
-
-tokenizers = pytest.importorskip("tokenizers", reason="comes with transformers, the extra hf")
-pytest.importorskip("transformers", reason="the tokenizers of published models need the extra hf")
-
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 LINES = ["the model says hello to you and you answer", "Question: how many apples? Answer: 12 apples #### 12"]
@@ -33,9 +28,11 @@ LLAMA = """\
     {%- set system_message = messages[0]['content'] | trim %}
     {%- set messages = messages[1:] %}
 {%- endif %}
-{{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' + date_string + '\\n\\n' + system_message + '<|eot_id|>' }}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' + date_string + '\\n\\n' }}
+{{- system_message + '<|eot_id|>' }}
 {%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
 """

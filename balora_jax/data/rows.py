@@ -2,8 +2,8 @@
 
 Each function takes a row with the published columns and returns `prompt` and `answer` (and `choices`, where the answer
 is one of several), or `messages`, the turns of a conversation; or None for a row without a question or an answer. The
-formats are those of arXiv 2605.31484: conversations for the instruction sets, `Question: ...`, a new line and `Answer:` for
-the mathematical ones, bare lines for Wikitext.
+formats are those of arXiv 2605.31484: conversations for the instruction sets, `Question: ...`, a new line and `Answer:`
+for the mathematical ones, bare lines for Wikitext.
 """
 
 from collections.abc import Callable, Mapping

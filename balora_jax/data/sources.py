@@ -55,8 +55,8 @@ def _load(what: str, *arguments, **keywords) -> dict[str, datasets.Dataset]:
         return dict(datasets.load_dataset(*arguments, **keywords))
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise FileNotFoundError(f"cannot get {what} from the Hub ({error}); set data.path to a copy of it") from error
-    except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DataFilesNotFoundError) as error:
-        raise ValueError(f"data.path: cannot read {what}: {error.__cause__ or error}") from error
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(f"cannot read {what}: {error.__cause__ or error}") from error
 
 
 def split(

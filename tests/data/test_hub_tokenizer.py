@@ -3,14 +3,15 @@
 import builtins
 import json
 
+import datasets
 import pytest
 
 from balora_jax.data.batches import encode
 from balora_jax.data.hub_tokenizer import HubTokenizer, load_tokenizer
 from balora_jax.data.tokenizer import CharTokenizer
 
-chat_tokenizers = pytest.importorskip("chat_tokenizers", reason="the tokenizers of published models need the extra hf")
-FAMILIES, write = chat_tokenizers.FAMILIES, chat_tokenizers.write
+pytest.importorskip("transformers", reason="the tokenizers of published models need the extra hf")
+from chat_tokenizers import FAMILIES, NO_END, REWRITING, write
 
 
 def build(folder, family, **changes):
@@ -122,8 +123,6 @@ def test_text_after_text_has_no_space_of_its_own(tokenizers):
 
 @pytest.mark.parametrize(("family", "begins"), [("qwen", False), ("llama", True), ("inst", True)])
 def test_prompts_and_answers(tokenizers, family, begins):
-    import datasets
-
     tokenizer = tokenizers[family]
     data = datasets.Dataset.from_dict({"prompt": ["Question: how?\nAnswer:", ""], "answer": [" 12", "hello to you"]})
     encoded = encode(data, tokenizer, max_length=100)
@@ -148,7 +147,6 @@ def test_decode_stops_at_the_end(tokenizers, family):
 
 
 THINKING = turns(("user", "hello"), ("assistant", "<think>how</think>12"), ("user", "and?"), ("assistant", "you"))
-NO_END, REWRITING = chat_tokenizers.NO_END, chat_tokenizers.REWRITING
 
 
 @pytest.mark.parametrize(
