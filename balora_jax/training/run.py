@@ -283,15 +283,18 @@ def load_data(settings: DataSettings, model: str = ModelSettings.path) -> tuple[
         model: path or name of the model that gets them, whose tokenizer is used.
 
     Raises:
-        ConfigError: the settings or the data do not do.
+        ConfigError: the settings, the data or the tokenizer do not do.
     """
     try:
         tokenizer = load_tokenizer(model)
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        raise ConfigError(f"model.path: {error}") from error
+    try:
         splits = recipes.load(settings)
         train, held_out = (
             encode(split, tokenizer, max_length=settings.length) for split in (splits.train, splits.evaluation)
         )
-    except (FileNotFoundError, ImportError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data: {error}") from error
     lay_out = pack if settings.packing else pad
     arrays = lay_out(train, length=settings.length, pad_id=tokenizer.pad_id)
