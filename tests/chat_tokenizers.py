@@ -1,6 +1,7 @@
 """Small tokenizers in the format of published models, with chat templates of their structure."""
 
 import json
+from functools import partial
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -85,10 +86,13 @@ def byte_level(specials):
     return tokenizer
 
 
-def sentencepiece(specials):
-    """BPE with a space before every text, as Llama 2 has it."""
+def sentencepiece(specials, *, legacy=True):
+    """BPE with a space before every text, as Llama 2 has it; in the older form also behind every special token."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if legacy:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -101,18 +105,21 @@ def sentencepiece(specials):
     return tokenizer
 
 
-def write(folder, *, template, build=byte_level, bos=None, eos, specials, kind="PreTrainedTokenizerFast"):
-    """Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`; returns the number of tokens."""
-    names = [name for name in (bos, *specials) if name]
+def write(folder, *, template, build=byte_level, bos=None, begins=True, eos, specials):
+    """Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`; returns the number of tokens.
+
+    With `bos` and not `begins`, there is a token to begin texts, but the tokenizer does not do so.
+    """
+    names = list(dict.fromkeys(name for name in (bos, *specials) if name))
     tokenizer = build(names)
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
-    if bos:
+    if bos and begins:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
         )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": kind, "bos_token": bos, "eos_token": eos, "clean_up_tokenization_spaces": False}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
@@ -129,3 +136,4 @@ FAMILIES = {
     },
     "inst": {"template": INST, "build": sentencepiece, "bos": "<s>", "eos": "</s>", "specials": ("</s>",)},
 }
+FAMILIES["inst_first"] = {**FAMILIES["inst"], "build": partial(sentencepiece, legacy=False)}

@@ -21,7 +21,7 @@ def codefeedback(i):
 def openhermes(i):
     turns = [("system", "be kind"), ("human", f"hello {i}"), ("gpt", "hi"), ("human", "and?"), ("gpt", f"bye {i}")]
     turns = turns[1:] if i % 2 else turns
-    turns = turns[:1] if i == 1 else turns
+    turns = {1: turns[:1], 4: turns[2:]}.get(i, turns)  # no answer, and an answer without a question
     conversation = [{"from": role, "value": text, "weight": None} for role, text in turns]
     return {"conversations": conversation, "source": "unused", "category": None}
 

@@ -11,7 +11,7 @@ from balora_jax.data.hub_tokenizer import HubTokenizer, load_tokenizer
 from balora_jax.data.tokenizer import CharTokenizer
 
 pytest.importorskip("transformers", reason="the tokenizers of published models need the extra hf")
-from chat_tokenizers import FAMILIES, NO_END, REWRITING, write
+from chat_tokenizers import FAMILIES, NO_END, QWEN, REWRITING, write
 
 
 def build(folder, family, **changes):
@@ -139,6 +139,10 @@ def test_prompts_and_answers(tokenizers, family, begins):
             assert tokenizer.decode(tokens) == text
 
 
+def test_a_first_token_that_the_tokenizer_does_not_put_is_none(tmp_path):
+    assert build(tmp_path, "qwen", bos="<|endoftext|>", begins=False).bos_id is None
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decode_stops_at_the_end(tokenizers, family):
     tokenizer = tokenizers[family]
@@ -146,6 +150,7 @@ def test_decode_stops_at_the_end(tokenizers, family):
     assert tokenizer.decode([*ids, tokenizer.eos_id, *ids]) == "how many apples?"
 
 
+THINKS_FIRST = QWEN.replace("{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>assistant\\n<think>' }}")
 THINKING = turns(("user", "hello"), ("assistant", "<think>how</think>12"), ("user", "and?"), ("assistant", "you"))
 
 
@@ -154,6 +159,7 @@ THINKING = turns(("user", "hello"), ("assistant", "<think>how</think>12"), ("use
     [
         ({"template": None}, turns(*CHAT), "has no chat template"),
         ({"template": REWRITING}, THINKING, r"turn 2 of 4 otherwise when more follows: '<think>how.* became '12"),
+        ({"template": THINKS_FIRST}, turns(*CHAT[:2]), r"turn 2 of 2 otherwise .*: '<think>.* became '12 apples"),
         ({"template": NO_END}, turns(*CHAT), r"must end assistant turns in a special token, got '12 apples\\n'"),
         ({"template": "{{ raise_exception('no') }}"}, turns(*CHAT), "fails on the turns of user, assistant"),
         ({}, turns(("user", "hello")), r"must have an assistant turn, got \['user'\]"),

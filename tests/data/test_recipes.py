@@ -96,8 +96,8 @@ def test_instruction_sets_are_conversations(name, tmp_path):
     everyone = [*splits.train["messages"], *splits.evaluation["messages"]]
     assert FIRST[name] in everyone
     assert by_module(splits.train) == {recipe: len(splits.train)}
-    unusable = {"alpaca": 1, "openhermes": 1}.get(name, 0)
-    assert splits.left_out == ({"without a question or an answer": 1} if unusable else {})
+    unusable = {"alpaca": 1, "openhermes": 2}.get(name, 0)
+    assert splits.left_out == ({"without a question or an answer": unusable} if unusable else {})
     assert len(everyone) == 20 - unusable
     asked = [[turn["content"] for turn in messages if turn["role"] != "assistant"] for messages in everyone]
     assert len(set(map(tuple, asked))) == len(everyone), "no question is in both splits"
