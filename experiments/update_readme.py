@@ -36,7 +36,7 @@ def markdown(folder: Path) -> str:
             cells += [
                 ", ".join(best) + (" (edge of the grid)" if row["on_edge"] else ""),
                 f"{loss['mean']:.4f} ± {loss['std']:.4f}",
-                f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %",
+                f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %" if accuracy else "-",
                 str(row["n"]),
                 "-" if gap is None else f"{gap['mean']:.0e}",
             ]

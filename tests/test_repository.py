@@ -14,6 +14,7 @@ from rich.console import Console
 from balora_jax.cli import apply_overrides
 from balora_jax.data import recipes
 from balora_jax.data.batches import encode, pad
+from balora_jax.data.tokenizer import CharTokenizer
 from balora_jax.models.folders import PRETRAINED
 from balora_jax.models.weights import load_decoder
 from balora_jax.training import load_config, run
@@ -44,8 +45,8 @@ def test_config_runs_when_shrunk(file, tmp_path):
 def test_shipped_base_knows_its_easy_modules():
     settings = recipes.DataSettings(modules=("comparison__sort", "numbers__place_value"), eval_examples=60)
     splits = recipes.load(settings)
-    encoded = encode(splits.evaluation, splits.tokenizer, max_length=128)
-    arrays = pad(encoded, length=80, pad_id=splits.tokenizer.pad_id)
+    encoded = encode(splits.evaluation, CharTokenizer(), max_length=128)
+    arrays = pad(encoded, length=80, pad_id=CharTokenizer().pad_id)
     losses, mask = jax.jit(lambda: token_losses(load_decoder("school-math"), arrays))()
     assert np.sum(losses) / np.sum(mask) < 0.1
 

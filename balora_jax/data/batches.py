@@ -7,15 +7,19 @@ Every row of an array is a text or several; four arrays of shape `(rows, length)
 | `tokens` | the tokens; `pad_id` where nothing is |
 | `positions` | position of a token in its own text |
 | `segment_ids` | which text of the row a token belongs to, from 1; 0 is padding |
-| `loss_mask` | whether the token is one that the model must predict (the answer and its end) |
+| `loss_mask` | whether the token is one that the model must predict (an answer and its end) |
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import datasets
 import grain
 import numpy as np
+
+from balora_jax.data.cache import mapped
+from balora_jax.data.conversations import Message
 
 Arrays = dict[str, np.ndarray]
 
@@ -29,7 +33,11 @@ class Tokenizer(Protocol):
     def bos_id(self) -> int | None: ...  # noqa: D102
     @property
     def eos_id(self) -> int: ...  # noqa: D102
+    @property
+    def fingerprint(self) -> str: ...  # noqa: D102
     def encode(self, text: str) -> list[int]: ...  # noqa: D102
+    def encode_continuation(self, text: str) -> list[int]: ...  # noqa: D102
+    def encode_conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]: ...  # noqa: D102
     def decode(self, ids: Sequence[int]) -> str: ...  # noqa: D102
 
 
@@ -37,49 +45,80 @@ class Encoded(NamedTuple):
     """Tokenised examples.
 
     Attributes:
-        tokens: one list of tokens per example, prompt and answer.
-        prompt_lengths: number of tokens of each prompt.
+        tokens: the tokens of each example.
+        learned: for each example, which of its tokens the model must predict.
         kept: indices of the examples that were not too long, into the data set.
     """
 
-    tokens: list[list[int]]
-    prompt_lengths: list[int]
+    tokens: list[np.ndarray]
+    learned: list[np.ndarray]
     kept: list[int]
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """Number of tokens of each example before the first that the model must predict."""
+        return [int(learned.argmax()) for learned in self.learned]
+
+
+_ENCODED = datasets.Features(
+    {"tokens": datasets.List(datasets.Value("int32")), "learned": datasets.List(datasets.Value("bool"))}
+)
 
 
 def encode(examples: datasets.Dataset, tokenizer: Tokenizer, *, max_length: int) -> Encoded:
-    """Tokenises a data set with text columns `prompt` and `answer`.
+    """Tokenises a data set, or takes the tokens of an earlier call from the cache.
 
     Args:
-        examples: the data set.
+        examples: with text columns `prompt` and `answer`, or a column `messages` of conversations.
         tokenizer: turns text into tokens.
         max_length: examples of more tokens are left out; `len(examples) - len(encoded.kept)` tells how many.
 
     Returns:
-        The kept examples, each as `bos prompt answer eos` (without `bos` if the tokenizer has none).
+        The kept examples. A prompt and its answer are `bos prompt answer eos` (no `bos` if the tokenizer has none), of
+        which the answer and `eos` are learned; conversations are as the chat template has them, and the assistant's
+        turns are learned. A first token is never learned, as nothing is there to predict it from.
 
     Raises:
-        ValueError: every example is too long.
+        ValueError: every example is too long, or the tokenizer cannot encode one.
     """
 
     def tokenise(batch):
-        prompts = [tokenizer.encode(text) for text in batch["prompt"]]
-        if tokenizer.bos_id is not None:
-            prompts = [[tokenizer.bos_id, *prompt] for prompt in prompts]
-        answers = [[*tokenizer.encode(text), tokenizer.eos_id] for text in batch["answer"]]
-        return {
-            "tokens": [p + a for p, a in zip(prompts, answers, strict=True)],
-            "prompt_length": [len(p) for p in prompts],
-        }
+        if "messages" in batch:
+            rows = [tokenizer.encode_conversation(messages) for messages in batch["messages"]]
+        else:
+            rows = [_encode_answer(tokenizer, *row) for row in zip(batch["prompt"], batch["answer"], strict=True)]
+        return {"tokens": [tokens for tokens, _ in rows], "learned": [learned for _, learned in rows]}
 
-    columns = tokenise(examples[:])
-    kept = [i for i, tokens in enumerate(columns["tokens"]) if len(tokens) <= max_length]
+    key = ("tokens", tokenizer.fingerprint)
+    encoded = mapped(examples, tokenise, features=_ENCODED, key=key, description="Tokenising")
+    tokens, learned = _rows(encoded, "tokens"), _rows(encoded, "learned")
+    kept = [i for i, row in enumerate(tokens) if len(row) <= max_length]
     if not kept:
         raise ValueError(
             f"max_length must leave at least one example, got {max_length} "
-            f"and a shortest example of {min(map(len, columns['tokens']))} tokens"
+            f"and a shortest example of {min(map(len, tokens), default=0)} tokens"
         )
-    return Encoded([columns["tokens"][i] for i in kept], [columns["prompt_length"][i] for i in kept], kept)
+    return Encoded([tokens[i] for i in kept], [learned[i] for i in kept], kept)
+
+
+def _encode_answer(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int], list[bool]]:
+    """The tokens of a prompt and its answer, and which are learned; without a prompt all but the first are."""
+    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    if prompt:
+        before += tokenizer.encode(prompt)
+    after = [*(tokenizer.encode_continuation if prompt else tokenizer.encode)(answer), tokenizer.eos_id]
+    learned = [False] * len(before) + [True] * len(after)
+    return before + after, [False, *learned[1:]]
+
+
+def _rows(encoded: datasets.Dataset, name: str) -> list[np.ndarray]:
+    """The rows of a column of lists, as views of the (memory-mapped) column."""
+    rows = []
+    for chunk in encoded.with_format("arrow")[:][name].chunks:
+        offsets = np.asarray(chunk.offsets)
+        values = chunk.values.to_numpy(zero_copy_only=False)
+        rows += [values[start:stop] for start, stop in itertools.pairwise(offsets)]
+    return rows
 
 
 def pad(encoded: Encoded, *, length: int, pad_id: int) -> Arrays:
@@ -128,12 +167,12 @@ def _fill(rows: list[list[int]], encoded: Encoded, length: int, pad_id: int) -> 
     for row, members in enumerate(rows):
         start = 0
         for segment, i in enumerate(members, start=1):
-            tokens, prompt_length = encoded.tokens[i], encoded.prompt_lengths[i]
+            tokens = encoded.tokens[i]
             stop = start + len(tokens)
             arrays["tokens"][row, start:stop] = tokens
             arrays["positions"][row, start:stop] = np.arange(len(tokens))
             arrays["segment_ids"][row, start:stop] = segment
-            arrays["loss_mask"][row, start + prompt_length : stop] = True
+            arrays["loss_mask"][row, start:stop] = encoded.learned[i]
             start = stop
     return arrays
 

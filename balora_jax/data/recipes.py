@@ -1,16 +1,22 @@
-"""Data sets by name: each recipe turns settings into two data sets with columns `module`, `prompt` and `answer`."""
+"""Data sets by name: each recipe turns settings into examples for training and for evaluation.
+
+Examples have the columns `module`, `prompt` and `answer` (and `choices`), or `module` and `messages`.
+"""
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 
-from balora_jax.data import mathematics
-from balora_jax.data.tokenizer import CharTokenizer
+from balora_jax.data import mathematics, rows
+from balora_jax.data.cache import mapped
+from balora_jax.data.rows import Reader
+from balora_jax.data.scores import Score, exact_match, same_final_answer
+from balora_jax.data.sources import read_source, split
 
 
 @dataclass(frozen=True)
@@ -19,11 +25,12 @@ class DataSettings:
 
     Attributes:
         recipe: name of the data set, see `RECIPES`.
-        path: folder of the published files, for recipes that can read them; None to generate.
+        path: where the published data lie, see `read_source`; None for the Hub, or to generate.
         modules: parts of the data set to use; empty for all.
         difficulty: difficulties of generated questions, mixed evenly.
-        train_examples: number of training examples.
-        eval_examples: number of evaluation examples.
+        train_examples: largest number of training examples; None for all of a published data set.
+        eval_examples: largest number of evaluation examples; None for all of a published evaluation split. A data set
+            without such a split holds this number out from training.
         length: tokens per row; longer examples are left out, and counted.
         packing: whether several examples share a row in training.
         seed: of the draw of the examples; the same for all runs that are compared.
@@ -33,71 +40,202 @@ class DataSettings:
     path: str | None = None
     modules: tuple[str, ...] = ()
     difficulty: tuple[int, ...] = (1, 2)
-    train_examples: int = 10_000
-    eval_examples: int = 500
+    train_examples: int | None = 10_000
+    eval_examples: int | None = 500
     length: int = 128
     packing: bool = True
     seed: int = 0
 
 
 class Splits(NamedTuple):
-    """A recipe's outcome."""
+    """A recipe's outcome.
+
+    Attributes:
+        train: the training examples.
+        evaluation: the evaluation examples; none is also a training example.
+        score: whether an answer is right; None where answers are only judged by their loss.
+        left_out: number of examples that were left out, by the reason.
+    """
 
     train: datasets.Dataset
     evaluation: datasets.Dataset
-    tokenizer: CharTokenizer
+    score: Score | None
+    left_out: dict[str, int]
 
 
 def load(settings: DataSettings) -> Splits:
     """Loads a data set by its recipe.
 
     Raises:
-        ValueError: no such recipe, or settings that it cannot serve.
-        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: no such recipe, or settings or data that it cannot serve.
+        FileNotFoundError: the data are missing.
     """
     if settings.recipe not in RECIPES:
         near = difflib.get_close_matches(settings.recipe, RECIPES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"data.recipe must be one of {', '.join(RECIPES)}, got {settings.recipe!r}{hint}")
-    return RECIPES[settings.recipe](settings)
+    splits = RECIPES[settings.recipe](settings)
+    train, repeated = _without_prompts_of(splits.evaluation, splits.train)
+    if not len(train) or not len(splits.evaluation):
+        raise ValueError(f"{settings.recipe} must have examples to train and to evaluate on, got none")
+    left_out = {**splits.left_out, "that are also evaluation examples": repeated}
+    return splits._replace(train=train, left_out={reason: n for reason, n in left_out.items() if n})
 
 
-def _mathematics(settings: DataSettings) -> Splits:
+def _without_prompts_of(evaluation: datasets.Dataset, train: datasets.Dataset) -> tuple[datasets.Dataset, int]:
+    """The training examples whose prompt is no evaluation example's, and how many others there are."""
+
+    def prompts(examples):
+        for batch in examples.iter(1000):
+            if "messages" in batch:
+                yield from (
+                    "\0".join(m["content"] for m in messages if m["role"] != "assistant")
+                    for messages in batch["messages"]
+                )
+            else:
+                yield from batch["prompt"]
+
+    held_out = set(prompts(evaluation)) - {""}  # bare text has no prompt, and lines (headings) that recur
+    kept = [i for i, prompt in enumerate(prompts(train)) if prompt not in held_out]
+    return (train if len(kept) == len(train) else train.select(kept)), len(train) - len(kept)
+
+
+_TEXT = datasets.Value("string")
+_ANSWERS = {"module": _TEXT, "prompt": _TEXT, "answer": _TEXT}
+_CHOICES = {**_ANSWERS, "choices": datasets.List(_TEXT)}
+_CONVERSATIONS = {"module": _TEXT, "messages": datasets.List({"role": _TEXT, "content": _TEXT})}
+
+
+@dataclass(frozen=True)
+class Published:
+    """The recipe of a published data set of rows.
+
+    Attributes:
+        hub: name of its repository on the Hub.
+        read: from a row to an example.
+        columns: columns of the examples, with their types.
+        score: whether an answer is right.
+        parts: names of the configurations that are used; they are the modules, if there are several.
+    """
+
+    hub: str
+    read: Reader
+    columns: dict = field(default_factory=lambda: _CONVERSATIONS)
+    score: Score | None = None
+    parts: tuple[str, ...] = ()
+
+    def __call__(self, settings: DataSettings) -> Splits:
+        """Loads the data set; raises like `load`."""
+        train: list[datasets.Dataset] = []
+        evaluation: list[datasets.Dataset] = []
+        unusable = 0
+        parts = self._parts(settings)
+        for part in parts:
+            drawn = split(
+                read_source(settings.path, hub=self.hub, part=part),
+                train_examples=_share(settings.train_examples, len(parts)),
+                eval_examples=_share(settings.eval_examples, len(parts)),
+                seed=settings.seed,
+            )
+            module = part if part and len(self.parts) > 1 else settings.recipe
+            for source, target in zip(drawn, (train, evaluation), strict=True):
+                target.append(self._examples(source, module))
+                unusable += len(source) - len(target[-1])
+        both = datasets.concatenate_datasets(train), datasets.concatenate_datasets(evaluation)
+        return Splits(*both, self.score, {"without a question or an answer": unusable})
+
+    def _parts(self, settings: DataSettings) -> list[str] | list[None]:
+        """The configurations to read; None for a place that is not divided into them."""
+        modules = self.parts if len(self.parts) > 1 else ()
+        if wrong := [name for name in settings.modules if name not in modules]:
+            known = f"be among {', '.join(modules)}" if modules else "be empty"
+            raise ValueError(f"data.modules must {known} for {settings.recipe}, got {wrong[0]!r}")
+        wanted = list(settings.modules or self.parts)
+        if settings.path is None:
+            return wanted or [None]
+        there = [part for part in wanted if (Path(settings.path) / part).is_dir()]
+        if settings.modules and there != wanted:
+            raise FileNotFoundError(f"data.path: {settings.path} must hold the folders {', '.join(wanted)}")
+        return there or [None]
+
+    def _examples(self, source: datasets.Dataset, module: str) -> datasets.Dataset:
+        def examples(batch):
+            names = list(batch)
+            found = [self.read(dict(zip(names, row, strict=True))) for row in zip(*batch.values(), strict=True)]
+            kept = [{"module": module, **example} for example in found if example is not None]
+            return {name: [example[name] for example in kept] for name in self.columns}
+
+        features = datasets.Features(self.columns)
+        try:
+            return mapped(source, examples, features=features, key=(self.read.__name__, module), description=module)
+        except KeyError as error:
+            columns = ", ".join(source.column_names)
+            raise ValueError(f"rows of {module} must have the column {error}, got the columns {columns}") from error
+        except TypeError as error:
+            raise ValueError(f"rows of {module} have columns of other types than those published: {error}") from error
+
+
+def _share(count: int | None, parts: int) -> int | None:
+    return None if count is None else -(-count // parts)
+
+
+def _mathematics(settings: DataSettings, lay_out: Callable[..., datasets.Dataset] | None = None) -> Splits:
     """School mathematics: generated, or the DeepMind Mathematics data set (arXiv 1904.01557) from a folder.
 
     From a folder, training takes `train-easy`, `train-medium` and `train-hard`, evaluation takes `interpolate`.
     """
+    lay_out = lay_out or as_dataset
     if settings.path is None:
+        if settings.train_examples is None or settings.eval_examples is None:
+            raise ValueError("data.train_examples and data.eval_examples must be numbers where examples are generated")
         modules = settings.modules or mathematics.MODULES
         draw = partial(mathematics.generate, modules, difficulty=settings.difficulty, seed=settings.seed)
         train = draw(settings.train_examples, split="train")
         evaluation = draw(settings.eval_examples, split="evaluation")
     else:
         evaluation = _read_evenly(settings, ("interpolate",), settings.eval_examples)
-        held_out = {example.question for example in evaluation}
         train = _read_evenly(settings, ("train-easy", "train-medium", "train-hard"), settings.train_examples)
-        train = [example for example in train if example.question not in held_out]
-    return Splits(as_dataset(train), as_dataset(evaluation), CharTokenizer())
+    return Splits(lay_out(train), lay_out(evaluation), exact_match, {})
 
 
-def _read_evenly(settings: DataSettings, splits: tuple[str, ...], count: int) -> list[mathematics.Example]:
+def _dm_mathematics(settings: DataSettings) -> Splits:
+    """The published files of the DeepMind Mathematics data set, asked as other questions are."""
+    if settings.path is None:
+        raise ValueError("data.path must be the folder of the published text files for dm_mathematics, got None")
+    return _mathematics(settings, partial(as_dataset, prompt="Question: {}\nAnswer:", answer=" {}"))
+
+
+def _read_evenly(settings: DataSettings, splits: tuple[str, ...], count: int | None) -> list[mathematics.Example]:
     """At most `count` published examples, as many from each file."""
     assert settings.path is not None
     names = sorted(path.stem for path in (Path(settings.path) / splits[0]).glob("*.txt"))
     modules = settings.modules or tuple(names)
-    per_file = -(-count // max(len(modules) * len(splits), 1))
+    per_file = _share(count, max(len(modules) * len(splits), 1))
     return mathematics.read_folder(settings.path, modules, split=splits, limit=per_file)[:count]
 
 
-def as_dataset(examples: list[mathematics.Example]) -> datasets.Dataset:
-    """Returns mathematics examples with the columns that all recipes give."""
+def as_dataset(examples: list[mathematics.Example], *, prompt: str = "{} ", answer: str = "{}") -> datasets.Dataset:
+    """Returns mathematics examples with the columns of recipes, questions and answers in the given frames."""
     return datasets.Dataset.from_dict(
         {
             "module": [example.module for example in examples],
-            "prompt": [f"{example.question} " for example in examples],
-            "answer": [example.answer for example in examples],
+            "prompt": [prompt.format(example.question) for example in examples],
+            "answer": [answer.format(example.answer) for example in examples],
         }
     )
 
 
-RECIPES: dict[str, Callable[[DataSettings], Splits]] = {"mathematics": _mathematics}
+RECIPES: dict[str, Callable[[DataSettings], Splits]] = {
+    "mathematics": _mathematics,
+    "dm_mathematics": _dm_mathematics,
+    "alpaca": Published("tatsu-lab/alpaca", rows.alpaca),
+    "codefeedback": Published("m-a-p/CodeFeedback-Filtered-Instruction", rows.codefeedback),
+    "openhermes": Published("teknium/OpenHermes-2.5", rows.openhermes),
+    "openorca": Published("Open-Orca/OpenOrca", rows.openorca),
+    "wizardlm": Published("WizardLMTeam/WizardLM_evol_instruct_70k", rows.wizardlm),
+    "metamathqa": Published("meta-math/MetaMathQA", rows.metamathqa, _ANSWERS, same_final_answer),
+    "gsm8k": Published("openai/gsm8k", rows.gsm8k, _ANSWERS, same_final_answer, ("main",)),
+    "wikitext": Published("Salesforce/wikitext", rows.wikitext, _ANSWERS, None, ("wikitext-2-raw-v1",)),
+    "arc": Published("allenai/ai2_arc", rows.arc, _CHOICES, exact_match, ("ARC-Challenge", "ARC-Easy")),
+}
+"""The recipes by name."""

@@ -1,6 +1,9 @@
 """A character-level tokenizer with a fixed vocabulary."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+from balora_jax.data.conversations import Message
 
 _FIRST, _LAST = 32, 126
 _SPECIALS = 3
@@ -19,6 +22,7 @@ class CharTokenizer:
     """
 
     vocab_size: int = _LAST - _FIRST + 1 + _SPECIALS
+    fingerprint: str = "CharTokenizer"
 
     @property
     def pad_id(self) -> int:
@@ -54,6 +58,21 @@ class CharTokenizer:
                 f"`text` must be printable ASCII characters, got {text[position]!r} at position {position}"
             )
         return tokens
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Turn text that follows other text into tokens, as `encode` does."""
+        return self.encode(text)
+
+    def encode_conversation(self, messages: Sequence[Message]) -> NoReturn:
+        """Refuse conversations.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "the tokenizer of single characters has no chat template, which a data set of conversations needs; "
+            "set `model.path` to the folder of an instruct model"
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
         """Turn tokens into text, up to the first end token, leaving out padding and begin tokens.

@@ -86,6 +86,7 @@ class TrainingSettings:
         keep_checkpoints: number of checkpoints kept.
         log_every: steps between writes of the metrics of every step.
         members_at_once: runs of a population that are computed at the same time; None for all. Fewer need less memory.
+        max_new_tokens: tokens generated per answer in the evaluation; None for the length of the longest right answer.
     """
 
     steps: int = 1000
@@ -97,6 +98,7 @@ class TrainingSettings:
     keep_checkpoints: int = 2
     log_every: int = 10
     members_at_once: int | None = None
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -256,8 +258,7 @@ def check(config: Config) -> None:
     _check_types(config, "")
     for name in ("training.steps", "training.batch_size", "training.accumulate", "training.eval_every",
                  "training.eval_batch_size", "training.checkpoint_every", "training.keep_checkpoints",
-                 "training.log_every", "adapter.rank", "balance.every", "data.train_examples", "data.eval_examples",
-                 "data.length"):  # fmt: skip
+                 "training.log_every", "adapter.rank", "balance.every", "data.length"):  # fmt: skip
         if get_field(config, name) < 1:
             raise ConfigError(f"{name} must be at least 1, got {get_field(config, name)}")
     for name in (
@@ -277,8 +278,9 @@ def check(config: Config) -> None:
             f"optimizer.warmup_steps must be below training.steps ({config.training.steps}), "
             f"got {config.optimizer.warmup_steps}"
         )
-    if config.training.members_at_once is not None and config.training.members_at_once < 1:
-        raise ConfigError(f"training.members_at_once must be at least 1 or None, got {config.training.members_at_once}")
+    for name in ("training.members_at_once", "training.max_new_tokens", "data.train_examples", "data.eval_examples"):
+        if get_field(config, name) is not None and get_field(config, name) < 1:
+            raise ConfigError(f"{name} must be at least 1 or None, got {get_field(config, name)}")
     if not math.isfinite(config.adapter.alpha):
         raise ConfigError(f"adapter.alpha must be finite, got {config.adapter.alpha}")
     if config.optimizer.clip_norm is not None and not config.optimizer.clip_norm > 0:

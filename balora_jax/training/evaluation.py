@@ -1,14 +1,16 @@
-"""Evaluation of a population: loss per example, and answers by batched greedy generation."""
+"""Evaluation of a population: loss per example, and answers, generated greedily or chosen by their likelihood."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from balora_jax.data.batches import Arrays, Encoded, Tokenizer, pad
+from balora_jax.data.scores import Score, exact_match
 from balora_jax.models import Decoder
 from balora_jax.training.step import Program, TrainState
 
@@ -22,6 +24,8 @@ class EvaluationSet(NamedTuple):
         answers: `(n,)` the right answers, as text.
         arrays: one row per example.
         tokenizer: the tokenizer.
+        score: whether an answer is right; None where there are no answers, only a loss.
+        choices: for each example the answers to choose from; None where answers are free.
     """
 
     encoded: Encoded
@@ -29,13 +33,24 @@ class EvaluationSet(NamedTuple):
     answers: np.ndarray
     arrays: Arrays
     tokenizer: Tokenizer
+    score: Score | None = exact_match
+    choices: list[list[str]] | None = None
 
     @classmethod
-    def build(cls, encoded: Encoded, modules, answers, tokenizer: Tokenizer) -> "EvaluationSet":
-        """Lays out the examples, in rows as long as the longest of them."""
+    def build(
+        cls,
+        encoded: Encoded,
+        examples: datasets.Dataset,
+        tokenizer: Tokenizer,
+        *,
+        score: Score | None,
+    ) -> "EvaluationSet":
+        """Lays out the examples that were kept, in rows as long as the longest of them."""
         length = max(map(len, encoded.tokens))
         arrays = pad(encoded, length=length, pad_id=tokenizer.pad_id)
-        return cls(encoded, np.asarray(modules), np.asarray(answers), arrays, tokenizer)
+        columns = examples.select(encoded.kept)[:]
+        answers = np.asarray(columns["answer"] if score else [""] * len(encoded.kept))
+        return cls(encoded, np.asarray(columns["module"]), answers, arrays, tokenizer, score, columns.get("choices"))
 
 
 class Losses(NamedTuple):
@@ -59,19 +74,29 @@ def evaluate_loss(program: Program, state: TrainState, examples: EvaluationSet, 
         examples: what to evaluate on.
         batch_size: examples per call.
     """
-    losses, tokens = [], []
-    for part, rows in _chunks(len(examples.modules), batch_size):
-        batch = {name: array[rows] for name, array in examples.arrays.items()}
-        loss, count = program.evaluate(state, program.base, batch)
-        losses.append(np.asarray(loss, np.float64)[:, part])
-        tokens.append(np.asarray(count)[:, part])
-    loss, count = np.concatenate(losses, axis=1), np.concatenate(tokens, axis=1)
+    loss, count = _losses(program, state, examples.arrays, batch_size)
 
     def mean(where):
         return loss[:, where].sum(axis=1) / count[:, where].sum(axis=1)
 
     names = sorted(set(examples.modules.tolist()))
     return Losses(mean(slice(None)), {name: mean(examples.modules == name) for name in names})
+
+
+def _losses(program: Program, state: TrainState, arrays: Arrays, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The summed loss of every row and its number of predicted tokens, `(members, rows)`."""
+    losses, tokens = [], []
+    for part, rows in _chunks(len(arrays["tokens"]), batch_size):
+        batch = {name: array[rows] for name, array in arrays.items()}
+        loss, count = program.evaluate(state, program.base, batch)
+        losses.append(np.asarray(loss, np.float64)[:, part])
+        tokens.append(np.asarray(count)[:, part])
+    return np.concatenate(losses, axis=1), np.concatenate(tokens, axis=1)
+
+
+def _prompts(examples: EvaluationSet) -> list[np.ndarray]:
+    """The tokens before each example's answer."""
+    return [t[:n] for t, n in zip(examples.encoded.tokens, examples.encoded.prompt_lengths, strict=True)]
 
 
 def generate_greedily(model: Decoder, prompts: jax.Array, segment_ids: jax.Array, *, new_tokens: int, eos_id: int):
@@ -116,16 +141,49 @@ def generate_greedily(model: Decoder, prompts: jax.Array, segment_ids: jax.Array
     return jax.lax.while_loop(unfinished, extend, start)[-1]
 
 
-def generate_answers(
-    program: Program, state: TrainState, examples: EvaluationSet, *, batch_size: int
+def answer(
+    program: Program, state: TrainState, examples: EvaluationSet, *, batch_size: int, max_new_tokens: int | None = None
 ) -> list[list[str]]:
-    """Returns every member's answers to the examples' prompts, as text.
+    """Returns every member's answers to the examples' prompts: the likeliest choice, or what it generates.
 
-    Generation stops at the length of the longest right answer; what is longer is wrong anyway.
+    Args:
+        program: the population's functions.
+        state: the population's state.
+        examples: what to answer.
+        batch_size: rows per call.
+        max_new_tokens: longest answer generated; None for the length of the longest right answer, beyond which no
+            exact match can lie.
     """
+    if examples.choices is not None:
+        return choose_answers(program, state, examples, batch_size=batch_size)
+    return generate_answers(program, state, examples, batch_size=batch_size, max_new_tokens=max_new_tokens)
+
+
+def choose_answers(program: Program, state: TrainState, examples: EvaluationSet, *, batch_size: int) -> list[list[str]]:
+    """Returns every member's answers: of each example's choices the one with the highest log-likelihood."""
+    assert examples.choices is not None
+    tokens, learned, owners = [], [], []
+    for row, (prompt, choices) in enumerate(zip(_prompts(examples), examples.choices, strict=True)):
+        for choice in choices:
+            ending = examples.tokenizer.encode_continuation(choice)
+            tokens.append(np.concatenate([prompt, ending]).astype(np.int32))
+            learned.append(np.arange(len(tokens[-1])) >= len(prompt))
+            owners.append(row)
+    rows = Encoded(tokens, learned, list(range(len(tokens))))
+    arrays = pad(rows, length=max(map(len, tokens)), pad_id=examples.tokenizer.pad_id)
+    losses, _ = _losses(program, state, arrays, batch_size)
+    owner = np.asarray(owners)
+    best = np.stack([losses[:, owner == row].argmin(axis=1) for row in range(len(examples.choices))], axis=1)
+    return [[choices[i] for choices, i in zip(examples.choices, member, strict=True)] for member in best]
+
+
+def generate_answers(
+    program: Program, state: TrainState, examples: EvaluationSet, *, batch_size: int, max_new_tokens: int | None = None
+) -> list[list[str]]:
+    """Returns every member's answers to the examples' prompts by greedy generation; arguments as for `answer`."""
     encoded, tokenizer = examples.encoded, examples.tokenizer
-    prompts = [t[:n] for t, n in zip(encoded.tokens, encoded.prompt_lengths, strict=True)]
-    new_tokens = max(len(t) - n for t, n in zip(encoded.tokens, encoded.prompt_lengths, strict=True))
+    prompts = _prompts(examples)
+    new_tokens = max_new_tokens or max(len(t) - n for t, n in zip(encoded.tokens, encoded.prompt_lengths, strict=True))
     length = max(map(len, prompts))
     tokens = np.full((len(prompts), length), tokenizer.pad_id, np.int32)
     segment_ids = np.zeros_like(tokens)
@@ -134,7 +192,7 @@ def generate_answers(
         segment_ids[row, length - len(prompt) :] = 1
 
     @jax.jit
-    def answer(states, base, tokens, segment_ids):
+    def generate(states, base, tokens, segment_ids):
         def member(state):
             model = program.member_model(state, base)
             return generate_greedily(model, tokens, segment_ids, new_tokens=new_tokens, eos_id=tokenizer.eos_id)
@@ -143,15 +201,21 @@ def generate_answers(
 
     members: list[list[str]] = [[] for _ in range(state.step.shape[0])]
     for part, rows in _chunks(len(prompts), batch_size):
-        out = np.asarray(answer(state, program.base, tokens[rows], segment_ids[rows]))[:, part]
+        out = np.asarray(generate(state, program.base, tokens[rows], segment_ids[rows]))[:, part]
         for texts, generated in zip(members, out, strict=True):
             texts += [tokenizer.decode(row.tolist()) for row in generated]
     return members
 
 
 def accuracies(texts: Sequence[str], examples: EvaluationSet) -> dict[str, float]:
-    """Returns the share of exactly right answers per module, and over all under the key `all`."""
-    right = np.asarray(texts) == examples.answers
+    """Returns the share of right answers per module, and over all under the key `all`.
+
+    Raises:
+        ValueError: the examples have no score.
+    """
+    if examples.score is None:
+        raise ValueError("examples must have a score to count right answers, got None")
+    right = np.array([examples.score(*pair) for pair in zip(texts, examples.answers.tolist(), strict=True)])
     names = sorted(set(examples.modules.tolist()))
     return {"all": float(right.mean()), **{n: float(right[examples.modules == n].mean()) for n in names}}
 

@@ -88,7 +88,7 @@ def table(rows: list[Record]) -> Table:
             row["population"],
             best,
             f"{loss['mean']:.4f} ± {loss['std']:.4f}",
-            f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %",
+            f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %" if accuracy else "-",
             str(row["n"]),
             "-" if gap is None else f"{gap['mean']:.1e}",
             *shared,
@@ -109,12 +109,15 @@ def numeric_axes(members: Iterable[Config], fields: Iterable[str]) -> dict[str, 
     return {field: values for field, values in axes.items() if len(values) > 1}
 
 
-def _spread(values: Iterable[float]) -> Record:
-    values = list(values)
+def _spread(values: Iterable[float | None]) -> Record | None:
+    """Mean and standard deviation; None where there is nothing to measure (accuracies of data without a score)."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return None
     return {
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else 0.0,
-        "values": values,
+        "mean": statistics.fmean(numbers),
+        "std": statistics.stdev(numbers) if len(numbers) > 1 else 0.0,
+        "values": numbers,
     }
 
 

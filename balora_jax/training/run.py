@@ -15,6 +15,7 @@ from rich.console import Console
 
 from balora_jax.data import recipes
 from balora_jax.data.batches import Arrays, batches, encode, pack, pad
+from balora_jax.data.hub_tokenizer import load_tokenizer
 from balora_jax.data.recipes import DataSettings
 from balora_jax.models import Decoder
 from balora_jax.models.weights import load_decoder
@@ -30,7 +31,7 @@ from balora_jax.training.config import (
     field_names,
     get_field,
 )
-from balora_jax.training.evaluation import EvaluationSet, accuracies, evaluate_loss, generate_answers
+from balora_jax.training.evaluation import EvaluationSet, accuracies, answer, evaluate_loss
 from balora_jax.training.progress import TrainingProgress
 from balora_jax.training.records import RunDirectory, RunError
 from balora_jax.training.step import Program, TrainState
@@ -99,9 +100,9 @@ class Trainer:
         self._name, self._members, self._program = name, members, program
         self._directory, self._console = directory, console
         self._config = next(iter(members.values()))
-        self._train_arrays, self._examples, dropped = load_data(self._config.data)
-        if dropped:
-            console.print(f"{name}: left out {dropped} examples of more than {self._config.data.length} tokens")
+        self._train_arrays, self._examples, left_out = load_data(self._config.data, self._config.model.path)
+        for reason, count in left_out.items():
+            console.print(f"{name}: left out {count} examples {reason}")
         seeds = sorted({member.seed for member in members.values()})
         self._iterators = {seed: self._batches(seed) for seed in seeds}
 
@@ -205,14 +206,24 @@ class Trainer:
     def _record_results(self, state: TrainState) -> None:
         steps = self._config.training.steps
         self._directory.rewind(self._name, steps)
-        batch_size = self._config.training.eval_batch_size
-        texts = generate_answers(self._program, state, self._examples, batch_size=batch_size)
+        if self._examples.score is None:
+            shares: list[dict] = [{"all": None} for _ in self._members]
+        else:
+            settings = self._config.training
+            texts = answer(
+                self._program,
+                state,
+                self._examples,
+                batch_size=settings.eval_batch_size,
+                max_new_tokens=settings.max_new_tokens,
+            )
+            shares = [accuracies(own, self._examples) for own in texts]
         diverged, sizes = np.array(state.diverged_at), self._program.sizes(state)
         records = []
         for index, member in enumerate(self._members):
             evaluation = self._directory.of("evaluation", population=self._name, member=member, step=steps)[-1]
             last = self._directory.of("train", population=self._name, member=member, step=steps)[-1]
-            accuracy = accuracies(texts[index], self._examples)
+            accuracy = shares[index]
             if diverged[index] < 0 and not np.isfinite(float(evaluation["evaluation_loss"])):
                 diverged[index] = steps  # the last update broke the model
             records.append(
@@ -264,21 +275,33 @@ def _base_model(settings: ModelSettings) -> Decoder:
 
 
 @cache
-def load_data(settings: DataSettings) -> tuple[Arrays, EvaluationSet, int]:
-    """Training rows, evaluation examples, and how many examples were too long."""
+def load_data(settings: DataSettings, model: str = ModelSettings.path) -> tuple[Arrays, EvaluationSet, dict[str, int]]:
+    """Training rows, evaluation examples, and how many examples were left out, by the reason.
+
+    Args:
+        settings: what to load.
+        model: path or name of the model that gets them, whose tokenizer is used.
+
+    Raises:
+        ConfigError: the settings, the data or the tokenizer do not do.
+    """
+    try:
+        tokenizer = load_tokenizer(model)
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        raise ConfigError(f"model.path: {error}") from error
     try:
         splits = recipes.load(settings)
         train, held_out = (
-            encode(split, splits.tokenizer, max_length=settings.length) for split in (splits.train, splits.evaluation)
+            encode(split, tokenizer, max_length=settings.length) for split in (splits.train, splits.evaluation)
         )
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data: {error}") from error
     lay_out = pack if settings.packing else pad
-    arrays = lay_out(train, length=settings.length, pad_id=splits.tokenizer.pad_id)
-    kept = splits.evaluation.select(held_out.kept)
-    examples = EvaluationSet.build(held_out, kept["module"][:], kept["answer"][:], splits.tokenizer)
-    dropped = len(splits.train) - len(train.kept) + len(splits.evaluation) - len(held_out.kept)
-    return arrays, examples, dropped
+    arrays = lay_out(train, length=settings.length, pad_id=tokenizer.pad_id)
+    examples = EvaluationSet.build(held_out, splits.evaluation, tokenizer, score=splits.score)
+    long = len(splits.train) - len(train.kept) + len(splits.evaluation) - len(held_out.kept)
+    left_out = {**splits.left_out, **({f"of more than {settings.length} tokens": long} if long else {})}
+    return arrays, examples, left_out
 
 
 def _program(name: str, members: Mapping[str, Config]) -> Program:
@@ -287,7 +310,7 @@ def _program(name: str, members: Mapping[str, Config]) -> Program:
         program = Program(config, _base_model(config.model))
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError(f"{name}: {error}") from error
-    load_data(config.data)
+    load_data(config.data, config.model.path)
     return program
 
 

@@ -1,12 +1,37 @@
-"""Data sets by name."""
+"""Data sets by name, from small files of the published formats."""
 
 import dataclasses
 
+import datasets
+import published_rows as published
 import pytest
+from published_rows import rows, write
 
+from balora_jax.data import recipes
 from balora_jax.data.recipes import DataSettings, load
+from balora_jax.data.scores import exact_match, same_final_answer
 
 SETTINGS = DataSettings(modules=("numbers__gcd", "arithmetic__mul"), train_examples=20, eval_examples=6)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of its own for every test."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    return folder / "balora_jax"
+
+
+def read(recipe, path, **settings):
+    return load(DataSettings(**{"recipe": recipe, "path": str(path), "train_examples": None, **settings}))
+
+
+def by_module(examples):
+    return {name: list(examples["module"]).count(name) for name in set(examples["module"])}
+
+
+def conversation(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 def test_generated():
@@ -16,10 +41,11 @@ def test_generated():
     assert set(splits.train["module"]) == set(SETTINGS.modules)
     assert not set(splits.train["prompt"]) & set(splits.evaluation["prompt"])
     assert all(prompt.endswith(" ") for prompt in splits.train["prompt"])
+    assert splits.score is exact_match
 
 
 @pytest.fixture
-def published(tmp_path):
+def mathematics(tmp_path):
     for split in ("train-easy", "train-medium", "train-hard", "interpolate"):
         (tmp_path / split).mkdir()
         for module in ("algebra__linear_1d", "numbers__gcd"):
@@ -32,19 +58,261 @@ def published(tmp_path):
     return tmp_path
 
 
-def test_published_files_by_the_same_name(published):
-    settings = DataSettings(path=str(published), train_examples=30, eval_examples=8)
+def test_published_files_by_the_same_name(mathematics):
+    settings = DataSettings(path=str(mathematics), train_examples=30, eval_examples=8)
     splits = load(settings)
     assert set(splits.train["module"]) == {"algebra__linear_1d", "numbers__gcd"}
     assert len(splits.evaluation) == 8
     assert len(splits.train) == 29, "the question that is also an evaluation question is left out"
+    assert splits.left_out == {"that are also evaluation examples": 1}
     assert not set(splits.train["prompt"]) & set(splits.evaluation["prompt"])
     one = load(dataclasses.replace(settings, modules=("numbers__gcd",)))
     assert set(one.train["module"]) == {"numbers__gcd"}
+    asked = load(dataclasses.replace(settings, recipe="dm_mathematics"))
+    assert asked.train[0]["prompt"] == f"Question: {splits.train[0]['prompt'].strip()}\nAnswer:"
+    assert asked.train[0]["answer"] == f" {splits.train[0]['answer']}"
+    everything = load(dataclasses.replace(settings, train_examples=None, eval_examples=None))
+    assert (len(everything.train), len(everything.evaluation)) == (2 * 3 * 9 - 1, 19)
 
 
-def test_errors_name_what_is_wrong(published):
-    with pytest.raises(ValueError, match="did you mean 'mathematics'"):
-        load(dataclasses.replace(SETTINGS, recipe="mathmatics"))
+FIRST = {
+    "alpaca": conversation(("user", "Name 2 colours.\n\nwarm ones"), ("assistant", "colour 2")),
+    "codefeedback": conversation(("user", "write 2"), ("assistant", "print(2)")),
+    "openhermes": conversation(
+        ("system", "be kind"), ("user", "hello 2"), ("assistant", "hi"), ("user", "and?"), ("assistant", "bye 2")
+    ),
+    "openorca": conversation(("system", "think"), ("user", "why 3?"), ("assistant", "so 3")),
+    "wizardlm": conversation(("user", "do 2"), ("assistant", "done 2")),
+    "wizardlm_v2": conversation(("user", "do 2"), ("assistant", "done 2")),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_instruction_sets_are_conversations(name, tmp_path):
+    recipe = name.removesuffix("_v2")
+    file = write(tmp_path / "some name.jsonl", rows(getattr(published, name), 20))
+    splits = read(recipe, file, eval_examples=5)
+    assert splits.score is None
+    everyone = [*splits.train["messages"], *splits.evaluation["messages"]]
+    assert FIRST[name] in everyone
+    assert by_module(splits.train) == {recipe: len(splits.train)}
+    unusable = {"alpaca": 1, "openhermes": 2}.get(name, 0)
+    assert splits.left_out == ({"without a question or an answer": unusable} if unusable else {})
+    assert len(everyone) == 20 - unusable
+    asked = [[turn["content"] for turn in messages if turn["role"] != "assistant"] for messages in everyone]
+    assert len(set(map(tuple, asked))) == len(everyone), "no question is in both splits"
+
+
+def test_openorca_without_a_system_prompt(tmp_path):
+    file = write(tmp_path / "x.json", rows(published.openorca, 4))
+    splits = read("openorca", file, eval_examples=1)
+    found = [[turn["role"] for turn in m] for m in (*splits.train["messages"], *splits.evaluation["messages"])]
+    assert sorted(found) == sorted([["system", "user", "assistant"], ["user", "assistant"]] * 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "answer"),
+    [
+        ("gsm8k", "Question: What is 5 + 2?\nAnswer:", " 5 + 2 = <<5+2=7>>7\n#### 7"),
+        ("metamathqa", "Question: 5 + 1?\nAnswer:", " add one\nThe answer is: 6"),
+    ],
+)
+def test_mathematical_questions(name, prompt, answer, tmp_path):
+    splits = read(name, write(tmp_path / "x.csv", rows(getattr(published, name), 20)), eval_examples=5)
+    examples = {e["prompt"]: e["answer"] for part in (splits.train, splits.evaluation) for e in part}
+    assert len(examples) == 20
+    assert examples[prompt] == answer
+    assert splits.score is same_final_answer
+
+
+def test_wikitext_is_lines(tmp_path):
+    for split, count in (("train", 30), ("validation", 9), ("test", 3)):
+        file = tmp_path / "wikitext-2-raw-v1" / f"{split}-00000-of-00001.parquet"
+        write(file, rows(published.wikitext, count))
+    write(tmp_path / "wikitext-103-raw-v1" / "train-00000-of-00001.parquet", rows(published.wikitext, 300))
+    splits = read("wikitext", tmp_path)
+    assert splits.left_out == {"without a question or an answer": 13}
+    assert set(splits.train["prompt"]) == {""}
+    assert sorted(splits.evaluation["answer"]) == ["= Heading ="] * 3 + [f"line {i} of a page" for i in (2, 5, 8)]
+    assert list(splits.train["answer"]).count("= Heading =") == 10, "headings recur"
+    assert splits.score is None
+
+
+def test_arc_has_both_parts_as_modules(tmp_path):
+    for part, start in (("ARC-Easy", 0), ("ARC-Challenge", 100)):
+        write(tmp_path / part / "train-00000-of-00001.parquet", rows(published.arc, 12, start))
+        write(tmp_path / part / "test-00000-of-00001.parquet", rows(published.arc, 5, start + 20))
+        write(tmp_path / part / "validation-00000-of-00001.parquet", rows(published.arc, 4, start + 30))
+    splits = read("arc", tmp_path)
+    assert by_module(splits.train) == {"ARC-Easy": 12, "ARC-Challenge": 12}
+    assert by_module(splits.evaluation) == {"ARC-Easy": 4, "ARC-Challenge": 4}
+    example = next(e for e in splits.evaluation if "is 31?" in e["prompt"])
+    text = "Question: Which is 31?\nA. thing A\nB. thing B\nC. thing C\nD. thing D\nAnswer:"
+    assert (example["prompt"], example["answer"]) == (text, " B")
+    assert example["choices"] == [" A", " B", " C", " D"]
+    assert next(e for e in splits.evaluation if "is 130?" in e["prompt"])["choices"] == [" 1", " 2", " 3"]
+    assert splits.score is exact_match
+    easy = read("arc", tmp_path, modules=("ARC-Easy",), train_examples=3)
+    assert by_module(easy.train) == {"ARC-Easy": 3}
+    assert by_module(read("arc", tmp_path / "ARC-Easy").train) == {"arc": 12}
+    limited = read("arc", tmp_path, train_examples=5, eval_examples=2)
+    assert (by_module(limited.train), by_module(limited.evaluation)) == (
+        {"ARC-Easy": 3, "ARC-Challenge": 3},
+        {"ARC-Easy": 1, "ARC-Challenge": 1},
+    )
+
+
+def saved_to_disk(folder, content):
+    datasets.Dataset.from_list(content).save_to_disk(folder)
+    return folder
+
+
+def saved_with_splits(folder, content):
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(content)}).save_to_disk(folder)
+    return folder
+
+
+PLACES = {
+    "parquet": lambda folder, content: write(folder / "x.parquet", content),
+    "json": lambda folder, content: write(folder / "x.json", content),
+    "jsonl": lambda folder, content: write(folder / "x.jsonl", content),
+    "csv": lambda folder, content: write(folder / "x.csv", content),
+    "folder": lambda folder, content: write(folder / "MetaMathQA-395K.json", content).parent,
+    "repository": lambda folder, content: write(folder / "data/train-00000-of-00001.parquet", content).parents[1],
+    "saved to disk": saved_to_disk,
+    "saved with splits": saved_with_splits,
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_the_same_data_from_every_place(kind, tmp_path):
+    path = PLACES[kind](tmp_path / "data", rows(published.metamathqa, 12))
+    splits = read("metamathqa", path, eval_examples=3)
+    expected = read("metamathqa", PLACES["jsonl"](tmp_path / "other", rows(published.metamathqa, 12)), eval_examples=3)
+    assert splits.train[:] == expected.train[:]
+    assert splits.evaluation[:] == expected.evaluation[:]
+
+
+def test_seed_decides_what_is_held_out(tmp_path):
+    file = write(tmp_path / "x.jsonl", rows(published.metamathqa, 40))
+    one = read("metamathqa", file, eval_examples=8)
+    fewer = read("metamathqa", file, eval_examples=8, train_examples=10)
+    assert (len(one.train), len(one.evaluation), len(fewer.train)) == (32, 8, 10)
+    assert fewer.evaluation[:] == one.evaluation[:], "however much is trained on"
+    assert not set(one.train["prompt"]) & set(one.evaluation["prompt"])
+    other = read("metamathqa", file, eval_examples=8, seed=1)
+    assert set(other.evaluation["prompt"]) != set(one.evaluation["prompt"])
+
+
+def test_repeated_questions_are_not_in_both_splits(tmp_path):
+    file = write(tmp_path / "x.jsonl", rows(published.wizardlm, 10) * 3)
+    splits = read("wizardlm", file, eval_examples=6)
+    asked, held_out = (
+        {messages[0]["content"] for messages in part["messages"]} for part in (splits.train, splits.evaluation)
+    )
+    assert asked
+    assert not asked & held_out
+    assert len(splits.train) + splits.left_out["that are also evaluation examples"] == 24
+
+
+def test_own_splits_are_kept(tmp_path):
+    write(tmp_path / "main" / "train-00000-of-00001.parquet", rows(published.gsm8k, 20))
+    write(tmp_path / "main" / "test-00000-of-00001.parquet", rows(published.gsm8k, 9, 50))
+    write(tmp_path / "socratic" / "train-00000-of-00001.parquet", rows(published.gsm8k, 99, 100))
+    splits = read("gsm8k", tmp_path, eval_examples=None)
+    assert (len(splits.train), len(splits.evaluation)) == (20, 9)
+    assert all("What is 5" in prompt for prompt in splits.evaluation["prompt"])
+    assert len(read("gsm8k", tmp_path, eval_examples=4).evaluation) == 4
+
+
+def test_work_is_done_once(tmp_path, cache, monkeypatch):
+    calls = []
+
+    def counted(row):
+        calls.append(row)
+        return published_reader(row)
+
+    published_reader = recipes.RECIPES["metamathqa"].read
+    counted.__name__ = published_reader.__name__
+    recipe = dataclasses.replace(recipes.RECIPES["metamathqa"], read=counted)
+    monkeypatch.setitem(recipes.RECIPES, "metamathqa", recipe)
+    file = write(tmp_path / "x.jsonl", rows(published.metamathqa, 12))
+    one = read("metamathqa", file, eval_examples=3)
+    assert len(calls) == 12
+    assert len(list(cache.glob("*.arrow"))) == len(list(cache.iterdir())) == 2
+    assert read("metamathqa", file, eval_examples=3).train[:] == one.train[:]
+    assert len(calls) == 12, "the second time nothing is read"
+    write(file, rows(published.metamathqa, 12, 100))
+    assert read("metamathqa", file, eval_examples=3).train[:] != one.train[:], "other content, other cache"
+    assert len(calls) == 24
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"recipe": "mathmatics"}, ValueError, "did you mean 'mathematics'"),
+        ({"recipe": "mathematics", "path": None}, ValueError, "must be numbers where examples are generated"),
+        ({"recipe": "dm_mathematics", "path": None}, ValueError, "data.path must be the folder"),
+        ({"path": "nowhere"}, FileNotFoundError, "there is no file or folder nowhere"),
+        ({"path": "text.txt"}, ValueError, r"data.path must be of one of the types .parquet, .*text\.txt"),
+        ({"path": "empty"}, FileNotFoundError, "must hold files of the types .* it holds notes.md"),
+        ({"path": "broken.parquet"}, ValueError, "cannot read broken.parquet"),
+        ({"path": "broken.json"}, ValueError, "cannot read broken.json"),
+        ({"path": "rows.jsonl", "eval_examples": None}, ValueError, r"number below that of the rows \(12\).*got None"),
+        ({"path": "rows.jsonl", "eval_examples": 12}, ValueError, r"number below that of the rows \(12\).*got 12"),
+        ({"path": "rows.jsonl", "recipe": "alpaca"}, ValueError, "must have the column 'instruction', got .*query"),
+        ({"path": "rows.jsonl", "modules": ("GSM",)}, ValueError, "must be empty for metamathqa, got 'GSM'"),
+        ({"recipe": "arc", "modules": ("arc",)}, ValueError, "among ARC-Challenge, ARC-Easy for arc, got 'arc'"),
+        ({"recipe": "arc", "path": "empty", "modules": ("ARC-Easy",)}, FileNotFoundError, "hold the folders ARC-Easy"),
+        ({"recipe": "openhermes", "path": "turns.json"}, ValueError, "must be from one of system, human.* got 'tool'"),
+        ({"recipe": "openhermes", "path": "flat.csv"}, ValueError, "columns of other types than those published"),
+        ({"recipe": "arc", "path": "arc.json"}, ValueError, "answerKey must be one of the labels A, B, got 'E'"),
+        ({"recipe": "alpaca", "path": "silent.json"}, ValueError, "must have examples to train and to evaluate on"),
+    ],
+)  # fmt: skip
+def test_errors_name_what_is_wrong(settings, error, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.md").write_text("")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
+    (tmp_path / "broken.json").write_text('[{"query": 1')
+    write(tmp_path / "rows.jsonl", rows(published.metamathqa, 12))
+    write(tmp_path / "turns.json", [{"conversations": [{"from": "tool", "value": "1"}]}] * 3)
+    write(tmp_path / "flat.csv", [{"conversations": "hello"}] * 3)
+    write(tmp_path / "silent.json", [{"instruction": "a", "input": "", "output": ""}] * 3)
+    write(tmp_path / "arc.json", [{**published.arc(1), "choices": {"text": ["a", "b"], "label": ["A", "B"]},
+                                   "answerKey": "E"}] * 3)  # fmt: skip
+    defaults = {"recipe": "metamathqa", "eval_examples": 1, "train_examples": None}
+    with pytest.raises(error, match=message):
+        load(DataSettings(**{**defaults, **settings}))
+
+
+def test_missing_modules_of_mathematics(mathematics):
     with pytest.raises(FileNotFoundError, match="numbers__lcm"):
-        load(DataSettings(path=str(published), modules=("numbers__lcm",)))
+        load(DataSettings(path=str(mathematics), modules=("numbers__lcm",)))
+
+
+def test_hub_out_of_reach_is_said(monkeypatch):
+    def unreachable(*arguments, **keywords):
+        assert (arguments, keywords) == (("openai/gsm8k",), {"name": "main"})
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(FileNotFoundError, match=r"cannot get openai/gsm8k from the Hub \(no route\); set data.path"):
+        load(DataSettings(recipe="gsm8k"))
+
+
+@pytest.mark.parametrize("recipe", sorted(set(recipes.RECIPES) - {"mathematics", "dm_mathematics"}))
+def test_recipes_without_a_path_ask_the_hub(recipe, monkeypatch):
+    asked = []
+
+    def hub(repository, name):
+        asked.append((repository, name))
+        return {"train": datasets.Dataset.from_list(rows(getattr(published, recipe), 12))}
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    splits = load(DataSettings(recipe=recipe, eval_examples=3))
+    row = recipes.RECIPES[recipe]
+    assert asked == [(row.hub, part) for part in row.parts or [None]]
+    assert set(splits.train.column_names) == set(splits.evaluation.column_names) == set(row.columns)

@@ -2,14 +2,24 @@
 
 import dataclasses
 
+import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from balora_jax.data.batches import encode
+from balora_jax.data.scores import same_final_answer
 from balora_jax.models.weights import load_decoder
-from balora_jax.training.evaluation import accuracies, evaluate_loss, generate_answers, generate_greedily
+from balora_jax.training.evaluation import (
+    EvaluationSet,
+    accuracies,
+    answer,
+    evaluate_loss,
+    generate_answers,
+    generate_greedily,
+)
 from balora_jax.training.run import load_data
 from balora_jax.training.step import Program, token_losses
 
@@ -88,3 +98,52 @@ def test_accuracy_by_module(population):
     assert shares["all"] == pytest.approx(1 - 1 / len(texts))
     assert shares[examples.modules[0]] == pytest.approx(1 - 1 / np.sum(examples.modules == examples.modules[0]))
     assert {v for k, v in shares.items() if k not in ("all", examples.modules[0])} == {1.0}
+
+
+def test_longest_generated_answer_can_be_set(population):
+    program, state, examples = population
+    free = answer(program, state, examples, batch_size=10, max_new_tokens=20)
+    short = answer(program, state, examples, batch_size=10, max_new_tokens=2)
+    assert max(len(text) for texts in free for text in texts) > 10
+    assert max(len(text) for texts in short for text in texts) == 2
+    for whole, beginning in zip(np.ravel(free), np.ravel(short), strict=True):
+        assert whole.startswith(beginning)
+
+
+def test_score_of_the_data_set_decides(population):
+    examples = population[2]
+    wordy = [f"it is {number}, so #### {number}" for number in range(len(examples.answers))]
+    right = np.array([f"#### {number}.0" for number in range(len(wordy))])
+    assert accuracies(wordy, examples._replace(answers=right, score=same_final_answer))["all"] == 1
+    assert accuracies(wordy, examples._replace(answers=right))["all"] == 0
+    with pytest.raises(ValueError, match="must have a score"):
+        accuracies(wordy, examples._replace(score=None))
+
+
+CHOICES = [["7", "8", "9"], ["x", "y"], ["12", "3", "456", "z"], ["q", "r", "s"], ["0", "1"]]
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_chosen_answer_is_the_likeliest_after_the_prompt(population, batch_size):
+    program, state, examples = population
+    tokenizer = examples.tokenizer
+    prompts = [f"{'Which? ' * i}Answer: " for i in range(1, len(CHOICES) + 1)]
+    data = datasets.Dataset.from_dict(
+        {"module": ["m"] * 5, "prompt": prompts, "answer": [c[0] for c in CHOICES], "choices": CHOICES}
+    )
+    encoded = encode(data, tokenizer, max_length=100)
+    asked = EvaluationSet.build(encoded, data, tokenizer, score=examples.score)
+    chosen = answer(program, state, asked, batch_size=batch_size)
+    for index in range(2):
+        graph, parameters = nnx.split(member(population, index))
+        forward = jax.jit(lambda parameters, tokens, graph=graph: nnx.merge(graph, parameters)(tokens))
+        for prompt, choices, found in zip(prompts, CHOICES, chosen[index], strict=True):
+            likelihoods = []
+            for choice in choices:
+                before, after = [tokenizer.bos_id, *tokenizer.encode(prompt)], tokenizer.encode(choice)
+                tokens = np.zeros((1, 64), np.int32)
+                tokens[0, : len(before + after)] = before + after
+                logs = np.asarray(jax.nn.log_softmax(forward(parameters, tokens)[0]))
+                likelihoods.append(sum(logs[len(before) + i - 1, token] for i, token in enumerate(after)))
+            assert found == choices[int(np.argmax(likelihoods))]
+    assert len({text for texts in chosen for text in texts}) > 2

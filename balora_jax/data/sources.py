@@ -1,0 +1,93 @@
+"""Where published data sets lie, and which of their rows are for training and which for evaluation."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+
+
+def read_source(path: str | None, *, hub: str, part: str | None) -> dict[str, datasets.Dataset]:
+    """Reads a data set.
+
+    Args:
+        path: a folder that `save_to_disk` wrote, a file of parquet, JSON (lines or one list) or CSV, or a folder of
+            such files, whose names tell their splits (`train-00000-of-00001.parquet`, `test.jsonl`), such as a copy of
+            the repository; None for the Hub.
+        hub: name of the repository on the Hub.
+        part: name of a configuration, and of the sub-folder that holds it, if there is one.
+
+    Returns:
+        The splits by name.
+
+    Raises:
+        FileNotFoundError: there is no such data.
+        ValueError: the files are of no known format, or broken.
+    """
+    if path is None:
+        return _load(hub, hub, name=part)
+    place = Path(path)
+    if part is not None and (place / part).is_dir():
+        place /= part
+    if place.is_file():
+        if place.suffix not in _FORMATS:
+            raise ValueError(f"data.path must be of one of the types {', '.join(_FORMATS)}, got {place}")
+        return _load(str(place), _FORMATS[place.suffix], data_files=str(place))
+    if not place.is_dir():
+        raise FileNotFoundError(f"data.path: there is no file or folder {place}")
+    if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
+        saved = datasets.load_from_disk(place)
+        return dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    files = [file for file in sorted(place.rglob("*")) if file.suffix in _FORMATS]
+    if not files:
+        names = ", ".join(sorted(item.name for item in place.iterdir())) or "nothing"
+        raise FileNotFoundError(
+            f"data.path: {place} must hold files of the types {', '.join(_FORMATS)}, or be made by save_to_disk; "
+            f"it holds {names}"
+        )
+    return _load(str(place), str(place))
+
+
+def _load(what: str, *arguments, **keywords) -> dict[str, datasets.Dataset]:
+    try:
+        return dict(datasets.load_dataset(*arguments, **keywords))
+    except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise FileNotFoundError(f"cannot get {what} from the Hub ({error}); set data.path to a copy of it") from error
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(f"cannot read {what}: {error.__cause__ or error}") from error
+
+
+def split(
+    source: Mapping[str, datasets.Dataset], *, train_examples: int | None, eval_examples: int | None, seed: int
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Draws the rows for training and for evaluation; no row is in both.
+
+    Evaluation takes rows of the split `validation` where there is one, otherwise of `test`. Where there is neither,
+    `eval_examples` rows are held out from training: which ones, the seed alone decides.
+
+    Args:
+        source: the splits of a data set.
+        train_examples: largest number of rows for training; None for all.
+        eval_examples: largest number of rows for evaluation; None for all of a split of its own.
+        seed: decides which rows, and their order.
+
+    Raises:
+        ValueError: there is nothing to train on.
+    """
+    rows = source["train"] if "train" in source else next(iter(source.values())) if len(source) == 1 else None
+    if rows is None:
+        raise ValueError(f"a data set must have a split train, got {', '.join(source)}")
+    train_order = np.random.default_rng((seed, 0)).permutation(len(rows))
+    own = next((source[name] for name in ("validation", "test") if name in source and source[name] is not rows), None)
+    if own is not None:
+        eval_order = np.random.default_rng((seed, 1)).permutation(len(own))
+        return rows.select(train_order[:train_examples]), own.select(eval_order[:eval_examples])
+    if eval_examples is None or eval_examples >= len(rows):
+        raise ValueError(
+            f"data.eval_examples must be a number below that of the rows ({len(rows)}), as they have no evaluation "
+            f"split of their own, got {eval_examples}"
+        )
+    held_out, rest = train_order[:eval_examples], train_order[eval_examples:]
+    return rows.select(rest[:train_examples]), rows.select(held_out)

@@ -1,0 +1,134 @@
+"""Whole runs on published data sets, with a model that brings its own tokenizer."""
+
+import dataclasses
+import json
+
+import datasets
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+from balora_jax.data.hub_tokenizer import load_tokenizer
+from balora_jax.data.recipes import DataSettings
+from balora_jax.models import Decoder
+from balora_jax.models.config_json import read_config
+from balora_jax.models.weights import save_decoder
+from balora_jax.training import ConfigError, ModelSettings, run
+from balora_jax.training.run import load_data
+
+pytest.importorskip("transformers", reason="the tokenizers of published models need the extra hf")
+from chat_tokenizers import FAMILIES, write
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory, model_folder):
+    folder = tmp_path_factory.mktemp("qwen")
+    size = write(folder, **FAMILIES["qwen"])
+    save_decoder(Decoder(dataclasses.replace(read_config(model_folder), vocab_size=size), rngs=nnx.Rngs(0)), folder)
+    return str(folder)
+
+
+ROWS = {
+    "alpaca": lambda i: {"instruction": f"say {i}", "input": "", "output": f"hello {i}" + " you" * (60 * (i == 3))},
+    "gsm8k": lambda i: {"question": f"{i} + 1?", "answer": f"so\n#### {i + 1}"},
+    "wikitext": lambda i: {"text": f" the model {i} says \n"},
+    "arc": lambda i: {
+        "question": f"{i}?",
+        "choices": {"text": ["hello", "you"], "label": ["A", "B"]},
+        "answerKey": "AB"[i % 2],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    for name, row in ROWS.items():
+        lines = [json.dumps(row(i)) for i in range(24)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def settings(files, recipe, **changes):
+    values = {"recipe": recipe, "path": str(files / f"{recipe}.jsonl"), "train_examples": None, "eval_examples": 6}
+    return DataSettings(**{**values, "length": 96, **changes})
+
+
+@pytest.mark.parametrize("recipe", ["alpaca", "gsm8k", "arc"])
+def test_run_leaves_loss_and_score(recipe, config, qwen, files, tmp_path):
+    training = dataclasses.replace(config.training, steps=2, eval_every=2, max_new_tokens=5)
+    model = ModelSettings(path=qwen)
+    config = dataclasses.replace(config, model=model, data=settings(files, recipe), training=training)
+    console = Console(record=True, width=200)
+    (row,) = run(config, {}, tmp_path / "out", console)
+    assert 3 < row["evaluation_loss"]["mean"] < 8, "about the logarithm of the number of tokens"
+    scored = recipe in ("gsm8k", "arc")
+    assert (row["accuracy"] is not None) == scored
+    line = next(line for line in (tmp_path / "out" / "results.txt").read_text().splitlines() if "±" in line)
+    assert (" - " in line) == (not scored)
+    assert ("left out 1 examples of more than 96 tokens" in console.export_text()) == (recipe == "alpaca")
+
+
+def test_packed_conversations_are_learned_as_alone(qwen, files):
+    """Rows hold the same tokens and the same masks packed and padded, with positions from 0 for each."""
+    packed, alone = (
+        load_data(settings(files, "alpaca", packing=packing, length=300), qwen)[0] for packing in (True, False)
+    )
+    assert len(packed["tokens"]) < len(alone["tokens"]) / 2
+
+    def texts(arrays):
+        found = []
+        names = ("tokens", "positions", "segment_ids", "loss_mask")
+        for tokens, positions, segments, mask in zip(*(arrays[name] for name in names), strict=True):
+            for segment in range(1, segments.max() + 1):
+                where = segments == segment
+                assert positions[where].tolist() == list(range(where.sum()))
+                found.append((tokens[where].tolist(), mask[where].tolist()))
+        return sorted(found)
+
+    assert texts(packed) == texts(alone)
+    tokenizer = load_tokenizer(qwen)
+    tokens, mask = texts(alone)[0]
+    said = tokenizer.decode(np.asarray(tokens)[mask])
+    assert said.startswith("hello ")
+    assert np.asarray(tokens)[mask][-1] == tokenizer.eos_id
+
+
+def test_nothing_is_predicted_across_texts_of_a_row(qwen, files):
+    """Lines have no prompt and this tokenizer no first token: what begins a line has nothing to be predicted from."""
+    arrays = load_data(settings(files, "wikitext"), qwen)[0]
+    starts = (arrays["positions"] == 0) & (arrays["segment_ids"] > 0)
+    assert arrays["segment_ids"].max() > 1
+    assert not arrays["loss_mask"][starts].any()
+    assert arrays["loss_mask"][(arrays["positions"] > 0)].all()
+
+
+def test_conversations_need_a_chat_template(config, files):
+    with pytest.raises(ConfigError, match="has no chat template, which a data set of conversations needs"):
+        load_data(settings(files, "alpaca"), config.model.path)
+
+
+def test_tokens_are_cached(qwen, files, monkeypatch):
+    from balora_jax.data.hub_tokenizer import HubTokenizer
+
+    arrays = load_data.__wrapped__(settings(files, "alpaca"), qwen)[0]
+
+    def unexpected(*arguments):
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(HubTokenizer, "encode_conversation", unexpected)
+    again = load_data.__wrapped__(settings(files, "alpaca", length=300, packing=False), qwen)
+    assert len(again[0]["tokens"]) == 18, "the long example fits now"
+    same = load_data.__wrapped__(settings(files, "alpaca"), qwen)[0]
+    assert all((same[name] == arrays[name]).all() for name in arrays)
+    with pytest.raises(AssertionError, match="tokenised again"):
+        load_data.__wrapped__(settings(files, "alpaca", seed=1), qwen)
