@@ -1,15 +1,13 @@
-"""The command line: `balora-jax run CONFIG [--output FOLDER] [--field.name VALUE ...]`."""
+"""The command line: `balora-jax COMMAND ...`."""
 
-import contextlib
-import io
-import os
+import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
+from balora_jax.commands.arguments import parse
 from balora_jax.training.config import (
     Config,
     ConfigError,
@@ -22,12 +20,25 @@ from balora_jax.training.config import (
 )
 from balora_jax.training.records import RunError
 
-USAGE = """usage: balora-jax run CONFIG [--output FOLDER] [--field.name VALUE ...]
+USAGE = """usage: balora-jax COMMAND ...
 
 commands:
-  run    train and compare what a config file describes; the same command goes on after an interruption
+  run CONFIG [--output FOLDER] [--field.name VALUE ...]
+      train and compare what a config file describes; the same command goes on after an interruption
+  export RUN OUT [--member NAME] [--merged]
+      write the trained adapter of a run as a PEFT folder, or added to the weights of its base
+  inspect ADAPTER [--figure FILE]
+      show the spectrum, balance and conditioning of every pair of a PEFT adapter
+  balance ADAPTER OUT [--gauge GAUGE]
+      balance the pairs of a PEFT adapter; their products stay as they are
+  merge MODEL ADAPTER OUT
+      add a PEFT adapter to the weights of its base, in Hugging Face's format
+  evaluate CONFIG [--adapter ADAPTER] [--field.name VALUE ...]
+      measure loss and accuracy of a model on the data of a config
+  generate MODEL [--adapter ADAPTER] [--prompt TEXT ...] [--max-new-tokens N]
+      continue texts
 
-Every field of the config can be set: balora-jax run CONFIG --help lists them.
+Every field of the config can be set: balora-jax run CONFIG --help lists them. The others have --help too.
 """
 
 
@@ -45,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"balora-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("balora-jax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        hint = "; the same command goes on from the last checkpoint" if arguments[0] == "run" else ""
+        print(f"balora-jax: interrupted{hint}", file=sys.stderr)
         return 130
 
 
@@ -64,7 +76,34 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-_COMMANDS = {"run": _run}
+def _evaluate(arguments: list[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError("evaluate needs a config file: balora-jax evaluate CONFIG")
+    config, sweep = load_config(arguments[0])
+    rest, adapter = _take(arguments[1:], "--adapter", "a PEFT folder")
+    config, sweep, output = apply_overrides(config, sweep, rest, prog=f"balora-jax evaluate {arguments[0]}")
+    if output is not None:
+        raise ConfigError("evaluate writes nothing and takes no --output")
+    from balora_jax.commands import evaluate
+
+    evaluate.report(config, sweep, adapter, Console())
+    return 0
+
+
+def _of_module(name: str) -> Callable[[list[str]], int]:
+    """The command of a file in `balora_jax.commands`, which is imported when the command is used."""
+    return lambda arguments: importlib.import_module(f"balora_jax.commands.{name}").main(arguments)
+
+
+_COMMANDS = {
+    "run": _run,
+    "export": _of_module("export"),
+    "inspect": _of_module("inspect"),
+    "balance": _of_module("balance"),
+    "merge": _of_module("merge"),
+    "evaluate": _evaluate,
+    "generate": _of_module("generate"),
+}
 
 
 def apply_overrides(
@@ -84,7 +123,7 @@ def apply_overrides(
     Raises:
         ConfigError: an unknown field, or a value that is not of its type.
     """
-    arguments, output = _take_output(arguments)
+    arguments, output = _take(arguments, "--output", "a folder")
     known, overridden = set(field_names()), []
     for argument in arguments:
         if argument.startswith("--") and argument not in ("--help",):
@@ -93,7 +132,7 @@ def apply_overrides(
             if name not in known and negated not in known:
                 raise ConfigError(f"there is no field {name}{suggestion(name)}")
             overridden.append(name if name in known else negated)
-    config = _parse(config, arguments, prog)
+    config = parse(Config, arguments, prog=prog, default=config)
     return config, _without(config, sweep, overridden), output
 
 
@@ -113,37 +152,19 @@ def _without(config: Config, sweep: Sweep, overridden: list[str]) -> Sweep:
     return kept
 
 
-def _take_output(arguments: list[str]) -> tuple[list[str], Path | None]:
-    rest, output = [], None
+def _take(arguments: list[str], flag: str, what: str) -> tuple[list[str], Path | None]:
+    """The arguments without a flag that has a path, and the path."""
+    rest, path = [], None
     remaining = iter(arguments)
     for argument in remaining:
-        if argument == "--output" or argument.startswith("--output="):
+        if argument == flag or argument.startswith(f"{flag}="):
             value = argument.partition("=")[2] or next(remaining, "")
             if not value or value.startswith("--"):
-                raise ConfigError("--output needs a folder")
-            output = Path(value)
+                raise ConfigError(f"{flag} needs {what}")
+            path = Path(value)
         else:
             rest.append(argument)
-    return rest, output
-
-
-def _parse(config: Config, arguments: list[str], prog: str) -> Config:
-    """Lets tyro parse the flags; its boxed message becomes one line."""
-    if "--help" in arguments or "-h" in arguments:
-        return tyro.cli(Config, default=config, args=arguments, prog=prog)
-    message = io.StringIO()
-    width, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "1000"
-    try:
-        with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
-            return tyro.cli(Config, default=config, args=arguments, prog=prog)
-    except SystemExit:
-        title, *lines = [line.strip("│╭╰╮╯─-| ") for line in message.getvalue().splitlines()]
-        raise ConfigError(next((line for line in lines if line), title)) from None
-    finally:
-        if width is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = width
+    return rest, path
 
 
 if __name__ == "__main__":

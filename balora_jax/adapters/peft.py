@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from balora_jax.adapters.lora import Scaling, adapter_scale
+from balora_jax.pairs import Pair, find_pairs
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -74,10 +75,12 @@ class PeftAdapter:
     Attributes:
         config: the fields of `adapter_config.json`.
         tensors: by name, in the layout of the file.
+        metadata: of the file of tensors.
     """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, np.ndarray]
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
 
     def modules(self) -> dict[str, LowRank]:
         """Returns the adapter of each module, by its name in the base model.
@@ -100,6 +103,23 @@ class PeftAdapter:
                 raise ValueError(f"{TENSOR_FILE} holds the tensor {key}, which is not a factor of a linear layer")
             parts.setdefault(match["module"], {})[match["part"]] = self.tensors[key]
         return {module: self._low_rank(module, parts[module]) for module in sorted(parts)}
+
+    def pairs(self) -> dict[str, Pair]:
+        """Finds the pairs of all kinds of layers, by the names of their modules in order; `read_pairs` reads them.
+
+        Raises:
+            ValueError: a tensor is no factor of a matrix, or holds several pairs in one.
+        """
+        for name in ("target_parameters", "use_bdlora"):
+            if self.config.get(name):
+                raise ValueError(
+                    f"{CONFIG_FILE}: {name} must not be set, got {self.config[name]!r}: its tensors hold several pairs"
+                )
+        pairs = {
+            pair.path_a.removeprefix("base_model.model.").rpartition(".lora_")[0]: pair
+            for pair in find_pairs(self.tensors)
+        }
+        return {name: pairs[name] for name in sorted(pairs, key=_in_order)}
 
     def base_copies(self) -> dict[str, str]:
         """Returns the tensors that are copies of base weights, with their names in the base model.
@@ -232,9 +252,7 @@ def from_modules(
     for module, low_rank in modules.items():
         found = (low_rank.lora_a.T, low_rank.lora_b.T, low_rank.magnitude)
         tensors |= {
-            tensor_name(module, part): np.ascontiguousarray(tensor)
-            for part, tensor in zip(_PARTS, found, strict=True)
-            if tensor is not None
+            tensor_name(module, part): tensor for part, tensor in zip(_PARTS, found, strict=True) if tensor is not None
         }
     return PeftAdapter(config, tensors)
 
@@ -264,11 +282,12 @@ def read_peft(folder: str | Path) -> PeftAdapter:
     try:
         with safe_open(tensor_file, framework="numpy") as tensors:
             found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+            metadata = tensors.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{tensor_file} is broken or not a safetensors file: {error}") from error
     if not found:
         raise ValueError(f"{tensor_file} holds no tensors")
-    return PeftAdapter(config, found)
+    return PeftAdapter(config, found, metadata)
 
 
 def write_peft(adapter: PeftAdapter, folder: str | Path) -> None:
@@ -281,7 +300,8 @@ def write_peft(adapter: PeftAdapter, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(dict(adapter.config), indent=2) + "\n")
-    save_file(dict(adapter.tensors), folder / TENSOR_FILE, metadata={"format": "pt"})
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in adapter.tensors.items()}
+    save_file(tensors, folder / TENSOR_FILE, metadata=dict(adapter.metadata))
 
 
 def _advice(name: str) -> str:
@@ -297,6 +317,11 @@ def _names(names: str | list[str], module: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _in_order(module: str) -> list[tuple]:
+    """A key that sorts layer 10 behind layer 9."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in module.split(".")]
 
 
 def _short(number: float) -> int | float:

@@ -1,0 +1,174 @@
+"""The tokenizer that a published model comes with, and its chat template."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from balora_jax.data.batches import Tokenizer
+from balora_jax.data.conversations import Message, learned_spans
+from balora_jax.data.tokenizer import CharTokenizer
+from balora_jax.models.weights import PRETRAINED, read_config
+
+_DATE = "26 Jul 2024"
+"""What templates that state today's date (Llama 3) are told, so that a run does not depend on its day."""
+
+
+def load_tokenizer(model: str | Path) -> Tokenizer:
+    """Returns the tokenizer of a model.
+
+    Args:
+        model: a model folder, or the name of a model that ships with the package.
+
+    Returns:
+        What the folder's `tokenizer.json` says. A folder without this file whose model has as many tokens as
+        `CharTokenizer` is read character by character.
+
+    Raises:
+        FileNotFoundError: the folder holds no tokenizer.
+        ValueError: the tokenizer cannot be read, has no end token, or has more tokens than the model.
+        ImportError: `transformers` is not installed.
+    """
+    folder = Path(model) if Path(model).exists() else PRETRAINED / model
+    vocab_size = read_config(folder).vocab_size
+    if (folder / "tokenizer.json").is_file():
+        return HubTokenizer(folder, vocab_size=vocab_size)
+    if vocab_size == CharTokenizer.vocab_size:
+        return CharTokenizer()
+    raise FileNotFoundError(
+        f"{folder} holds no tokenizer.json; a model of {vocab_size} tokens needs the tokenizer that it was trained with"
+    )
+
+
+class HubTokenizer:
+    """A tokenizer in Hugging Face's format, read through `transformers`.
+
+    Attributes:
+        fingerprint: a hash of its files.
+
+    Args:
+        folder: holds `tokenizer.json`, and what belongs to it (`tokenizer_config.json`, `chat_template.jinja`, ...).
+        vocab_size: number of tokens that the model has.
+
+    Raises:
+        ValueError: the files cannot be read, there is no end token, or there are more tokens than the model has.
+        ImportError: `transformers` is not installed.
+    """
+
+    def __init__(self, folder: str | Path, *, vocab_size: int):
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise ImportError(
+                f"the tokenizer of {folder} is read by the package transformers; pip install 'balora-jax[hf]'"
+            ) from error
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+        except Exception as error:  # of many types, from several libraries
+            raise ValueError(f"the tokenizer of {folder} cannot be read: {type(error).__name__}: {error}") from error
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"the tokenizer of {folder} must have an eos_token; tokenizer_config.json names none")
+        if len(tokenizer) > vocab_size:
+            raise ValueError(f"the tokenizer of {folder} has {len(tokenizer)} tokens, its model only {vocab_size}")
+        self._folder, self._tokenizer = folder, tokenizer
+        self._special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        # Some tokenizers (SentencePiece's) put a space before every text that they are given. What follows other text
+        # has none, and must be read behind a text that no token joins it to.
+        newline = self.encode("\n")
+        self._lead = [] if self.encode("\nx")[len(newline) :] == self.encode("x") else newline
+
+    @cached_property
+    def fingerprint(self) -> str:  # noqa: D102
+        digest = hashlib.sha256()
+        for file in sorted(Path(self._folder).iterdir()):
+            if file.name.startswith(
+                ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges")
+            ):
+                digest.update(file.name.encode() + file.read_bytes())
+        return digest.hexdigest()
+
+    @property
+    def pad_id(self) -> int:
+        """Token that fills a row; nothing is computed from it."""
+        return self.eos_id if self._tokenizer.pad_token_id is None else self._tokenizer.pad_token_id
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        """Token that begins a text; None if the tokenizer begins texts with none."""
+        first = self._tokenizer.encode("x")[0]
+        return first if first == self._tokenizer.bos_token_id else None
+
+    @property
+    def eos_id(self) -> int:
+        """Token that ends a text."""
+        return self._tokenizer.eos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the tokens of a text, without those that begin and end it."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Returns the tokens of a text that follows another, none of them shared with it."""
+        if self._lead:
+            tokens = self.encode("\n" + text)
+            if tokens[: len(self._lead)] == self._lead:
+                return tokens[len(self._lead) :]
+        return self.encode(text)
+
+    def encode_conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """Returns the tokens of a conversation under the chat template, and which of them the assistant says.
+
+        Every assistant turn is learned with its end token, and nothing else. The text is cut where turns begin, so that
+        a prompt has the tokens that it has when the model is asked; what follows the last learned token is left out.
+
+        Args:
+            messages: the turns, each with `role` and `content`.
+
+        Raises:
+            ValueError: there is no chat template, it fails, it does not render the beginning of a conversation as the
+                beginning of the conversation's rendering, or its assistant turns end in no special token.
+        """
+        if self._tokenizer.chat_template is None:
+            raise ValueError(
+                f"the tokenizer of {self._folder} has no chat template, which a data set of conversations needs; "
+                "set model.path to the folder of an instruct model"
+            )
+        text, spans = learned_spans(self._render, messages)
+        tokens: list[int] = []
+        learned: list[bool] = []
+        place, behind = 0, ""  # how far the text is encoded, and the special token that it is encoded up to
+        for start, stop in spans:
+            before = self.encode(behind + text[place:start])[1 if behind else 0 :]
+            turn = self.encode_continuation(text[start:stop])
+            end = max((i for i, token in enumerate(turn) if token in self._special), default=None)
+            if end is not None:
+                behind = self._special[turn[end]]
+                place = text.rindex(behind, start, stop) + len(behind)
+            if end is None or text[place:stop].strip():
+                raise ValueError(
+                    f"the chat template of {self._folder} must end assistant turns in a special token, "
+                    f"got {text[start:stop]!r}"
+                )
+            tokens += before + turn[: end + 1]
+            learned += [False] * len(before) + [True] * (end + 1)
+        return tokens, learned
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of tokens, up to the first end token."""
+        ids = list(ids)
+        end = ids.index(self.eos_id) if self.eos_id in ids else len(ids)
+        return self._tokenizer.decode(ids[:end], skip_special_tokens=True)
+
+    def _render(self, messages: Sequence[Message], prompt: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=prompt, date_string=_DATE
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(
+                f"the chat template of {self._folder} fails on the turns of {roles}: {type(error).__name__}: {error}"
+            ) from error
