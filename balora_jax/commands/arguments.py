@@ -34,8 +34,9 @@ def parse(kind: type[T], arguments: list[str], *, prog: str, **default: Any) -> 
         with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
             return tyro.cli(kind, args=arguments, prog=prog, **default)
     except SystemExit:
-        missing = re.findall(r"^│ {5}(\S+)", message.getvalue(), re.MULTILINE)
-        if "Missing from" in message.getvalue() and missing:
+        asked, _, _ = message.getvalue().partition("For full helptext")
+        missing = re.findall(r"^[│ ] {5}(\S+)", asked, re.MULTILINE)
+        if "Missing from" in asked and missing:
             raise ConfigError(f"{prog} needs {', '.join(missing)}; {prog} --help says more") from None
         title, *lines = [line.strip("│╭╰╮╯─-| ") for line in message.getvalue().splitlines()]
         raise ConfigError(next((line for line in lines if line), title)) from None
