@@ -102,4 +102,12 @@ def continuations(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], 
         )
 
     model.eval()
-    return [tokenizer.decode(row.tolist()) for row in np.asarray(generate(model))]
+    return [_said(tokenizer, *row) for row in zip(encoded, np.asarray(generate(model)).tolist(), strict=True)]
+
+
+def _said(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
+    """The text of tokens as it continues the prompt's: alone, many tokenizers drop the space before it."""
+    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *tokens])
+    if whole.startswith(before) and len(whole) > len(before):
+        return whole[len(before) :]
+    return tokenizer.decode(tokens)
