@@ -1,15 +1,13 @@
-"""The command line: `balora-jax COMMAND CONFIG [--output FOLDER] [--field.name VALUE ...]`."""
+"""The command line: `balora-jax COMMAND ...`."""
 
-import contextlib
-import io
-import os
+import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
+from balora_jax.commands.arguments import parse
 from balora_jax.training.config import (
     Config,
     ConfigError,
@@ -24,15 +22,27 @@ from balora_jax.training.config import (
 )
 from balora_jax.training.records import RunError
 
-USAGE = """usage: balora-jax run CONFIG [--output FOLDER] [--field.name VALUE ...]
-
-       balora-jax estimate CONFIG [--field.name VALUE ...]
+USAGE = """usage: balora-jax COMMAND ...
 
 commands:
-  run       train and compare what a config file describes; the same command goes on after an interruption
-  estimate  print the sizes and the memory of a step, before any weight is loaded
+  run CONFIG [--output FOLDER] [--field.name VALUE ...]
+      train and compare what a config file describes; the same command goes on after an interruption
+  estimate CONFIG [--field.name VALUE ...]
+      print the sizes and the memory of a step, before any weight is loaded
+  export RUN OUT [--member NAME] [--merged]
+      write the trained adapter of a run as a PEFT folder, or added to the weights of its base
+  inspect ADAPTER [--figure FILE]
+      show the spectrum, balance and conditioning of every pair of a PEFT adapter
+  balance ADAPTER OUT [--gauge GAUGE]
+      balance the pairs of a PEFT adapter; their products stay as they are
+  merge MODEL ADAPTER OUT
+      add a PEFT adapter to the weights of its base, in Hugging Face's format
+  evaluate CONFIG [--adapter ADAPTER] [--field.name VALUE ...]
+      measure loss and accuracy of a model on the data of a config
+  generate MODEL [--adapter ADAPTER] [--prompt TEXT ...] [--max-new-tokens N]
+      continue texts
 
-Every field of the config can be set: balora-jax run CONFIG --help lists them.
+Every field of the config can be set: balora-jax run CONFIG --help lists them. The others have --help too.
 """
 
 
@@ -50,15 +60,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"balora-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("balora-jax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        hint = "; the same command goes on from the last checkpoint" if arguments[0] == "run" else ""
+        print(f"balora-jax: interrupted{hint}", file=sys.stderr)
         return 130
 
 
-def _read(command: str, arguments: list[str]) -> tuple[Config, Sweep, Path | None]:
+def _read(
+    command: str, arguments: list[str], *, option: tuple[str, str] | None = None
+) -> tuple[Config, Sweep, Path | None]:
+    """The config and the sweep of a command that takes a config file, and the path given with an option of its own."""
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError(f"{command} needs a config file: balora-jax {command} CONFIG")
     config, sweep = load_config(arguments[0])
-    return apply_overrides(config, sweep, arguments[1:], prog=f"balora-jax {command} {arguments[0]}")
+    rest, path = _take(arguments[1:], *option) if option else (arguments[1:], None)
+    config, sweep, output = apply_overrides(config, sweep, rest, prog=f"balora-jax {command} {arguments[0]}")
+    if command != "run" and output is not None:
+        raise ConfigError(f"{command} prints its result and has no --output")
+    return config, sweep, path or output
 
 
 def _run(arguments: list[str]) -> int:
@@ -74,9 +92,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _estimate(arguments: list[str]) -> int:
-    config, sweep, output = _read("estimate", arguments)
-    if output is not None:
-        raise ConfigError("estimate prints its result and has no --output")
+    config, sweep, _ = _read("estimate", arguments)
     from balora_jax.training import results
     from balora_jax.training.estimate import estimate, report
     from balora_jax.training.run import sort_into_populations
@@ -87,7 +103,29 @@ def _estimate(arguments: list[str]) -> int:
     return 0
 
 
-_COMMANDS = {"run": _run, "estimate": _estimate}
+def _evaluate(arguments: list[str]) -> int:
+    config, sweep, adapter = _read("evaluate", arguments, option=("--adapter", "a PEFT folder"))
+    from balora_jax.commands import evaluate
+
+    evaluate.report(config, sweep, adapter, Console())
+    return 0
+
+
+def _of_module(name: str) -> Callable[[list[str]], int]:
+    """The command of a file in `balora_jax.commands`, which is imported when the command is used."""
+    return lambda arguments: importlib.import_module(f"balora_jax.commands.{name}").main(arguments)
+
+
+_COMMANDS = {
+    "run": _run,
+    "estimate": _estimate,
+    "export": _of_module("export"),
+    "inspect": _of_module("inspect"),
+    "balance": _of_module("balance"),
+    "merge": _of_module("merge"),
+    "evaluate": _evaluate,
+    "generate": _of_module("generate"),
+}
 
 
 def apply_overrides(
@@ -110,7 +148,7 @@ def apply_overrides(
     Raises:
         ConfigError: an unknown field, or a value that is not of its type.
     """
-    arguments, output = _take_output(arguments)
+    arguments, output = _take(arguments, "--output", "a folder")
     known, overridden = set(field_names()), []
     for argument in arguments:
         if argument.startswith("--") and argument not in ("--help",):
@@ -119,7 +157,7 @@ def apply_overrides(
             if name not in known and negated not in known:
                 raise ConfigError(f"there is no field {name}{suggestion(name)}")
             overridden.append(name if name in known else negated)
-    config = _parse(config, arguments, prog)
+    config = parse(Config, arguments, prog=prog, default=config)
     return config, _without(config, sweep, overridden), output
 
 
@@ -143,37 +181,19 @@ def _without(config: Config, sweep: Sweep, overridden: list[str]) -> Sweep:
     return kept
 
 
-def _take_output(arguments: list[str]) -> tuple[list[str], Path | None]:
-    rest, output = [], None
+def _take(arguments: list[str], flag: str, what: str) -> tuple[list[str], Path | None]:
+    """The arguments without a flag that has a path, and the path."""
+    rest, path = [], None
     remaining = iter(arguments)
     for argument in remaining:
-        if argument == "--output" or argument.startswith("--output="):
+        if argument == flag or argument.startswith(f"{flag}="):
             value = argument.partition("=")[2] or next(remaining, "")
             if not value or value.startswith("--"):
-                raise ConfigError("--output needs a folder")
-            output = Path(value)
+                raise ConfigError(f"{flag} needs {what}")
+            path = Path(value)
         else:
             rest.append(argument)
-    return rest, output
-
-
-def _parse(config: Config, arguments: list[str], prog: str) -> Config:
-    """Lets tyro parse the flags; its boxed message becomes one line."""
-    if "--help" in arguments or "-h" in arguments:
-        return tyro.cli(Config, default=config, args=arguments, prog=prog)
-    message = io.StringIO()
-    width, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "1000"
-    try:
-        with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
-            return tyro.cli(Config, default=config, args=arguments, prog=prog)
-    except SystemExit:
-        title, *lines = [line.strip("│╭╰╮╯─-| ") for line in message.getvalue().splitlines()]
-        raise ConfigError(next((line for line in lines if line), title)) from None
-    finally:
-        if width is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = width
+    return rest, path
 
 
 if __name__ == "__main__":

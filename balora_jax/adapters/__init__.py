@@ -14,6 +14,8 @@ from balora_jax.adapters.model import (
     remove_adapters,
     unmerge_adapters,
 )
+from balora_jax.adapters.peft import LowRank, PeftAdapter, read_peft, write_peft
+from balora_jax.adapters.peft_model import export_adapters, load_adapters
 
 __all__ = [
     "ADALORA",
@@ -30,13 +32,19 @@ __all__ = [
     "FullLinear",
     "Initialisation",
     "LoRALinear",
+    "LowRank",
+    "PeftAdapter",
     "adapter_scale",
     "add_adapters",
+    "export_adapters",
     "gradient_triplets",
     "iter_adapters",
+    "load_adapters",
     "lora_ga_start",
     "merge_adapters",
+    "read_peft",
     "remove_adapters",
     "start_at",
     "unmerge_adapters",
+    "write_peft",
 ]

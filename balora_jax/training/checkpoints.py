@@ -20,17 +20,20 @@ class Checkpoints:
     A checkpoint appears as a whole or not at all, and carries a digest of its arrays, so that a damaged one is noticed.
     """
 
-    def __init__(self, path: Path, *, keep: int):
+    def __init__(self, path: Path, *, keep: int | None):
         """Opens the folder; makes it if it does not exist.
 
         Args:
             path: the folder.
-            keep: number of latest checkpoints to keep.
+            keep: number of latest checkpoints to keep; None to read alone, which leaves the folder as it is.
         """
         self._path = path.resolve()
         logging.getLogger("absl").setLevel(logging.ERROR)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            max_to_keep=keep,
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=keep is not None,
+            read_only=keep is None,
         )
         with self._explained():
             self._manager = ocp.CheckpointManager(self._path, options=options)

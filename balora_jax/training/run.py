@@ -268,6 +268,11 @@ class Trainer:
 
 @cache
 def _base_model(settings: ModelSettings) -> Decoder:
+    return load_model(settings)
+
+
+def load_model(settings: ModelSettings) -> Decoder:
+    """Returns a new decoder; raises `ConfigError` if it cannot be loaded."""
     try:
         return load_decoder(settings.path, dtype=settings.dtype, param_dtype=settings.param_dtype, remat=settings.remat)
     except (FileNotFoundError, ValueError) as error:

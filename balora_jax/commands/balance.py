@@ -1,0 +1,82 @@
+"""`balora-jax balance`: the pairs of any PEFT adapter, balanced."""
+
+import statistics
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional, arg
+
+from balora_jax.adapters import read_peft, write_peft
+from balora_jax.adapters.diagnosis import Diagnosis, diagnose_adapter, product_singular_values
+from balora_jax.balance import balance_pairs
+from balora_jax.commands.arguments import parse
+from balora_jax.commands.folders import check_free, copy_other_files, explained, whole_folder
+from balora_jax.gauge import Gauge
+from balora_jax.pairs import read_pairs, write_pairs
+
+
+@dataclass(frozen=True)
+class Options:
+    """Balances every pair of a PEFT adapter: A^T A = B B^T. The products, and so the adapted model, stay as they are.
+
+    Attributes:
+        adapter: a PEFT folder; no base model is needed.
+        out: a new folder. The config, the other tensors and the other files are copied as they are.
+        gauge: which of the balanced pairs.
+    """
+
+    adapter: Annotated[Path, Positional, arg(metavar="ADAPTER")]
+    out: Annotated[Path, Positional, arg(metavar="OUT")]
+    gauge: Gauge = "svd"
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command."""
+    options = parse(Options, arguments, prog="balora-jax balance")
+    check_free(options.out)
+    with explained("ADAPTER"):
+        adapter = read_peft(options.adapter)
+        before = diagnose_adapter(adapter)
+    pairs = adapter.pairs()
+    found = list(pairs.values())
+    factors = read_pairs(adapter.tensors, found)
+    with jax.enable_x64(True):  # lest float64 tensors lose digits
+        balanced = jax.device_get(jax.jit(partial(balance_pairs, gauge=options.gauge))(factors))
+    new = replace(adapter, tensors=write_pairs(adapter.tensors, found, [pair[:2] for pair in balanced]))
+    with whole_folder(options.out) as folder:
+        write_peft(new, folder)
+        copy_other_files(options.adapter, folder)  # the config among them
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(_table({"before": before, "after": diagnose_adapter(new)}))
+    change = max(_change(old, pair[:2]) for old, pair in zip(factors, balanced, strict=True))
+    console.print(f"{len(pairs)} pairs; products changed by at most {change:.0e} of their norm: {options.out}")
+    if left := [name for name, pair in zip(pairs, balanced, strict=True) if pair.untouched.any()]:
+        console.print(f"left as they were, because their product lacks rank: {', '.join(left)}")
+    return 0
+
+
+def _table(diagnoses: dict[str, dict[str, Diagnosis]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("", "gap, mean", "gap, worst", "condition number, median", "worst"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, found in diagnoses.items():
+        gaps = [diagnosis.gap for diagnosis in found.values()]
+        numbers = [diagnosis.condition_number for diagnosis in found.values()]
+        shown = (f"{np.mean(gaps):.1e}", f"{max(gaps):.1e}", f"{statistics.median(numbers):.3g}", f"{max(numbers):.3g}")
+        table.add_row(name, *shown)
+    return table
+
+
+def _change(old, new) -> float:
+    """By how much the product has changed, relative to its norm."""
+    (a, b), (new_a, new_b) = ([np.asarray(factor[0], float) for factor in pair] for pair in (old, new))
+    size = np.linalg.norm(product_singular_values(a, b))
+    difference = product_singular_values(np.concatenate([new_a, a], 1), np.concatenate([new_b, -b], 0))
+    return float(np.linalg.norm(difference) / size) if size else 0.0

@@ -1,0 +1,57 @@
+"""`balora-jax evaluate`: a model, perhaps with an adapter, on the evaluation data of a config."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from balora_jax.adapters import load_adapters, read_peft
+from balora_jax.commands.folders import explained
+from balora_jax.training.config import Config, ConfigError, Sweep, check
+from balora_jax.training.evaluation import accuracies, evaluate_loss, generate_answers
+from balora_jax.training.run import load_data, load_model
+from balora_jax.training.single import NOTHING_TRAINED, Single
+from balora_jax.training.step import Program
+
+
+def report(config: Config, sweep: Sweep, adapter: Path | None, console: Console) -> None:
+    """Prints loss and accuracy of a model, over all examples and by module.
+
+    Args:
+        config: its model, data and `training.eval_batch_size` are used.
+        sweep: what the config's file sweeps; neither model nor data may be among it.
+        adapter: a PEFT folder, or None for the base alone.
+        console: where the table goes.
+
+    Raises:
+        ConfigError: the config cannot be evaluated, or the adapter does not fit the model.
+    """
+    for mapping in [sweep] if isinstance(sweep, Mapping) else sweep:
+        for name in mapping:
+            if name.startswith(("model.", "data.")):
+                raise ConfigError(f"the config sweeps {name}; choose one with --{name}")
+    check(config)
+    peft = None
+    if adapter is not None:
+        with explained("ADAPTER"):
+            peft = read_peft(adapter)
+    model = load_model(config.model)
+    if peft is not None:
+        with explained("ADAPTER"):
+            load_adapters(model, peft)
+    examples = load_data(config.data)[1]
+    program = cast(Program, Single(model))  # as much of one as an evaluation uses
+    batch_size = config.training.eval_batch_size
+    losses = evaluate_loss(program, NOTHING_TRAINED, examples, batch_size=batch_size)
+    (texts,) = generate_answers(program, NOTHING_TRAINED, examples, batch_size=batch_size)
+    accuracy = accuracies(texts, examples)
+    table = Table(box=box.SIMPLE_HEAD, caption=f"{config.model.path}, adapter: {adapter or 'none'}")
+    for name in ("module", "examples", "evaluation loss", "exact match"):
+        table.add_column(name, justify="left" if name == "module" else "right")
+    for name, loss in [*losses.by_module.items(), ("all", losses.total)]:
+        count = len(examples.modules) if name == "all" else int((examples.modules == name).sum())
+        table.add_row(name, str(count), f"{loss[0]:.4f}", f"{100 * accuracy[name]:.1f} %")
+    console.print(table)

@@ -1,0 +1,58 @@
+"""`balora-jax export`: what a run has trained, for other tools."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from balora_jax.adapters import export_adapters, write_peft
+from balora_jax.commands.arguments import parse
+from balora_jax.commands.folders import check_free, whole_folder
+from balora_jax.commands.merge import write_merged
+from balora_jax.methods import get_method
+from balora_jax.models.folders import model_folder
+from balora_jax.training.config import ConfigError
+from balora_jax.training.trained import load_trained
+
+
+@dataclass(frozen=True)
+class Options:
+    """Writes the trained adapter of a run, from its latest checkpoint, as a PEFT folder.
+
+    Attributes:
+        run: a run directory.
+        out: a new folder.
+        member: which of its runs; may be left out if there is one, or one in the best cells of its table.
+        merged: write the base with the adapter added to its weights instead, in Hugging Face's format.
+    """
+
+    run: Annotated[Path, Positional, arg(metavar="RUN")]
+    out: Annotated[Path, Positional, arg(metavar="OUT")]
+    member: str | None = None
+    merged: bool = False
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command."""
+    options = parse(Options, arguments, prog="balora-jax export")
+    check_free(options.out)
+    trained = load_trained(options.run, options.member)
+    config = trained.config
+    if options.merged:
+        write_merged(trained.model, model_folder(config.model.path), options.out)
+        form = f"{config.model.path} with its adapter"
+    else:
+        try:
+            adapter = export_adapters(trained.model, scaling=get_method(config.method).scaling, base=config.model.path)
+        except ValueError as error:
+            raise ConfigError(
+                f"{config.method} cannot be a PEFT adapter ({error}); --merged adds it to the base"
+            ) from error
+        with whole_folder(options.out) as folder:
+            write_peft(adapter, folder)
+        form = f"PEFT adapter of rank {adapter.config['r']} for {config.model.path}"
+    print(f"{trained.name}, step {trained.step} of {config.training.steps}: {form}: {options.out}")
+    if trained.diverged_at >= 0:
+        print(f"this run diverged at step {trained.diverged_at}; its adapter is that of the step before")
+    return 0

@@ -1,0 +1,113 @@
+"""`balora-jax generate`: a model, perhaps with an adapter, continues texts."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from tyro.conf import Positional, arg
+
+from balora_jax.adapters import load_adapters, read_peft
+from balora_jax.commands.arguments import parse
+from balora_jax.commands.folders import explained
+from balora_jax.data.batches import Tokenizer
+from balora_jax.data.hub_tokenizer import load_tokenizer
+from balora_jax.data.tokenizer import CharTokenizer
+from balora_jax.models import Decoder
+from balora_jax.models.folders import model_folder
+from balora_jax.models.weights import load_decoder
+from balora_jax.training.config import ConfigError
+from balora_jax.training.evaluation import generate_greedily
+
+
+@dataclass(frozen=True)
+class Options:
+    """Continues texts with the most likely token at each step, all texts at once.
+
+    Attributes:
+        model: a folder, or the name of a model that ships with the package.
+        adapter: a PEFT folder.
+        prompt: the texts; default the lines of the standard input.
+        max_new_tokens: the longest continuation.
+        dtype: of the weights and the arithmetic.
+    """
+
+    model: Annotated[str, Positional, arg(metavar="MODEL")]
+    adapter: Path | None = None
+    prompt: tuple[str, ...] = ()
+    max_new_tokens: int = 64
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command."""
+    options = parse(Options, arguments, prog="balora-jax generate")
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+    if not options.prompt and sys.stdin.isatty():
+        raise ConfigError("give --prompt TEXT ..., or texts on the standard input, one in a line")
+    prompts = options.prompt or tuple(line for line in sys.stdin.read().splitlines() if line)
+    if not prompts:
+        raise ConfigError("the standard input holds no texts")
+    with explained("MODEL"):
+        folder = model_folder(options.model)
+        tokenizer = load_tokenizer(folder)
+        model = load_decoder(folder, dtype=options.dtype, param_dtype=options.dtype)
+    if options.adapter is not None:
+        with explained("--adapter"):
+            load_adapters(model, read_peft(options.adapter))
+    if isinstance(tokenizer, CharTokenizer):  # its models have learned a space between a question and the answer
+        prompts = tuple(f"{prompt.rstrip()} " for prompt in prompts)
+    with explained("--prompt"):
+        texts = continuations(model, tokenizer, prompts, max_new_tokens=options.max_new_tokens)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    for prompt, text in zip(prompts, texts, strict=True):
+        console.print(prompt, end="", style="dim")
+        console.print(text)
+    return 0
+
+
+def continuations(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
+    """Returns what a model says after each prompt, by greedy generation in one batch.
+
+    Args:
+        model: with or without adapters.
+        tokenizer: the model's.
+        prompts: the texts; each begins with the token that begins a text, if there is one.
+        max_new_tokens: the longest continuation.
+
+    Raises:
+        ValueError: a prompt has no tokens, or a character that the tokenizer does not know.
+    """
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    encoded = [begin + tokenizer.encode(prompt) for prompt in prompts]
+    if not all(encoded):
+        raise ValueError("a prompt must have at least one token, got an empty one")
+    length = max(map(len, encoded))
+    tokens = np.full((len(encoded), length), tokenizer.pad_id, np.int32)
+    segment_ids = np.zeros_like(tokens)
+    for row, prompt in enumerate(encoded):
+        tokens[row, length - len(prompt) :] = prompt
+        segment_ids[row, length - len(prompt) :] = 1
+
+    @nnx.jit
+    def generate(model):
+        return generate_greedily(
+            model, jnp.asarray(tokens), jnp.asarray(segment_ids), new_tokens=max_new_tokens, eos_id=tokenizer.eos_id
+        )
+
+    model.eval()
+    return [_said(tokenizer, *row) for row in zip(encoded, np.asarray(generate(model)).tolist(), strict=True)]
+
+
+def _said(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
+    """The text of tokens as it continues the prompt's: alone, many tokenizers drop the space before it."""
+    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *tokens])
+    if whole.startswith(before) and len(whole) > len(before):
+        return whole[len(before) :]
+    return tokenizer.decode(tokens)

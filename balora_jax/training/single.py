@@ -1,0 +1,43 @@
+"""A finished model in the place of a population of one, so that it is evaluated as runs are."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from balora_jax.models import Decoder
+from balora_jax.training.step import Batch, TrainState, token_losses
+
+NOTHING_TRAINED = TrainState(
+    jnp.zeros(1, jnp.int32), {}, nnx.State({}), None, nnx.State({}), nnx.State({}), jnp.full(1, -1, jnp.int32)
+)
+"""The state that goes with a `Single`."""
+
+
+class Single:
+    """The functions of `Program` that an evaluation uses.
+
+    Attributes:
+        base: the parameters, of adapters too.
+    """
+
+    def __init__(self, model: Decoder):
+        """Takes a model with or without adapters."""
+        model.eval()
+        self._graph, self.base = nnx.split(model)
+        self.evaluate = jax.jit(self._evaluate)
+
+    def member_model(self, state: TrainState, base: nnx.State) -> Decoder:
+        """Returns the model."""
+        return nnx.merge(self._graph, base, copy=True)
+
+    def over_members(self, function: Callable, *arguments: Any) -> Any:
+        """Applies a function to the one member."""
+        return jax.vmap(function)(*arguments)
+
+    def _evaluate(self, states: TrainState, base: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Summed loss and number of predicted tokens, `(1, rows)`."""
+        losses, mask = token_losses(self.member_model(states, base), batch)
+        return losses.sum(axis=1)[None], mask.sum(axis=1)[None]

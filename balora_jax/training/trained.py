@@ -1,0 +1,148 @@
+"""Models of a run that has been trained, from its directory alone."""
+
+import difflib
+import json
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import jax
+import numpy as np
+
+from balora_jax.models import Decoder
+from balora_jax.training.checkpoints import Checkpoints
+from balora_jax.training.config import Config, ConfigError
+from balora_jax.training.records import RunError
+from balora_jax.training.run import load_model, sort_into_populations
+from balora_jax.training.step import Program
+
+
+class Trained(NamedTuple):
+    """A member of a run.
+
+    Attributes:
+        name: its name.
+        config: its config.
+        model: base and adapters.
+        step: of the checkpoint.
+        diverged_at: the step at which its loss was no longer finite, after which nothing changed, or -1.
+    """
+
+    name: str
+    config: Config
+    model: Decoder
+    step: int
+    diverged_at: int
+
+
+def load_trained(run: Path, member: str | None = None) -> Trained:
+    """Reads a member of a run from its latest checkpoint.
+
+    Args:
+        run: a run directory.
+        member: its name; default the only one, or the only one of the best cells of the table.
+
+    Raises:
+        ConfigError: this is no run directory, there is no such member, or it is not clear which is meant.
+        RunError: there is no checkpoint, or a file is broken.
+    """
+    members = read_members(run)
+    name = _only_best(run, members) if member is None else member
+    if name not in members:
+        near = difflib.get_close_matches(name, members, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(members)}"
+        raise ConfigError(f"{run} has no member {name}{hint}")
+    populations = sort_into_populations(list(members.values()))
+    population, together = next((key, group) for key, group in populations.items() if name in group)
+    folder = run / "checkpoints" / population
+    if not folder.is_dir():
+        raise RunError(f"{run} has no checkpoint of {name}; let the run go on first")
+    checkpoints = Checkpoints(folder, keep=None)
+    try:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise RunError(f"{run} has no checkpoint of {name}; let the run go on first")
+        program = Program(members[name], load_model(members[name].model))
+        like = jax.eval_shape(lambda: program.initial_state(list(together.values()), _any_batches(program, together)))
+        states, _ = checkpoints.restore(step, like)
+    finally:
+        checkpoints.close()
+    index = list(together).index(name)
+    state = jax.tree.map(lambda x: x[index], states)
+    model = program.member_model(state, program.base)
+    return Trained(name, members[name], model, step, int(state.diverged_at))
+
+
+def read_members(run: Path) -> dict[str, Config]:
+    """Returns the configs of a run by the names of its members.
+
+    Args:
+        run: a run directory.
+
+    Raises:
+        ConfigError: this is no run directory.
+        RunError: its config.json is broken.
+    """
+    file = run / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{run} must be a run directory, but {file} does not exist")
+    try:
+        fields = json.loads(file.read_text())
+        return {name: _built(Config, values) for name, values in fields.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RunError(f"{file} is broken, or written by another version: {error}") from error
+
+
+def _only_best(run: Path, members: Mapping[str, Config]) -> str:
+    if len(members) == 1:
+        return next(iter(members))
+    file = run / "results.json"
+    if not file.is_file():
+        raise ConfigError(f"{run} is not finished; name one of its members with --member: {', '.join(members)}")
+    try:
+        rows = [row for row in json.loads(file.read_text()) if "best" in row]
+        best = {
+            member: loss
+            for row in rows
+            for member, loss in zip(row["members"], row["evaluation_loss"]["values"], strict=True)
+        }
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{file} is broken: {type(error).__name__}: {error}") from error
+    if len(best) == 1:
+        return next(iter(best))
+    shown = ", ".join(f"{name} ({loss:.4f})" for name, loss in sorted(best.items(), key=lambda item: item[1]))
+    raise ConfigError(
+        f"name one member of {run} with --member; those of the best cells, with their evaluation losses, are "
+        f"{shown or 'none, because every cell diverged'}"
+    )
+
+
+def _built(kind: Any, value: Any) -> Any:
+    """A value of JSON as the type of a config's field: dataclasses from mappings, tuples from lists."""
+    if hasattr(kind, "__dataclass_fields__"):
+        hints = get_type_hints(kind)
+        unknown = [name for name in value if name not in hints]
+        if unknown:
+            raise ValueError(f"{kind.__name__} has no field {unknown[0]}")
+        return kind(**{name: _built(hints[name], item) for name, item in value.items()})
+    if get_origin(kind) in (Union, types.UnionType) and value is not None:
+        return _built(next(arg for arg in get_args(kind) if arg is not type(None)), value)
+    if get_origin(kind) is tuple:
+        args = get_args(kind)
+        kinds = args[:1] * len(value) if args[-1] is ... else args
+        return tuple(_built(item_kind, item) for item_kind, item in zip(kinds, value, strict=True))
+    return value
+
+
+def _any_batches(program: Program, members: Mapping[str, Config]) -> dict[int, dict[str, np.ndarray]] | None:
+    """Batches of the shape that a start from gradients takes; their values play no part."""
+    count, rows = program.gradient_batches
+    if not count:
+        return None
+    config = program.config
+    shape = (count, rows, config.data.length)
+    dtypes = {"tokens": np.int32, "positions": np.int32, "segment_ids": np.int32, "loss_mask": bool}
+    return {
+        member.seed: {name: np.zeros(shape, dtype) for name, dtype in dtypes.items()} for member in members.values()
+    }

@@ -1,0 +1,268 @@
+"""What the commands for adapters do and print, end to end on a tiny model; and their mistakes in one line."""
+
+import io
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from balora_jax.adapters import LowRank, load_adapters, read_peft, write_peft
+from balora_jax.adapters.peft import from_modules
+from balora_jax.cli import _COMMANDS, main
+from balora_jax.commands.generate import _said
+from balora_jax.data.tokenizer import CharTokenizer
+from balora_jax.models.weights import load_decoder
+
+DOWN = "base_model.model.model.layers.1.mlp.down_proj"
+
+
+def call(*arguments):
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def evaluated(out):
+    """The loss and accuracy over all examples that `evaluate` printed."""
+    loss, accuracy = re.search(r"all +\d+ +([\d.]+) +([\d.]+) %", out).groups()
+    return float(loss), float(accuracy)
+
+
+def test_exported_adapter_is_that_of_the_run(adapter, config_file, records, capsys):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (3, 6, False)
+    call("evaluate", config_file, "--adapter", adapter)
+    loss, accuracy = re.search(r"all +10 +([\d.]+) +([\d.]+) %", capsys.readouterr().out).groups()
+    (expected,) = (r for r in records if r["kind"] == "result" and r["member"] == "lora-seed=1")
+    assert float(loss) == pytest.approx(expected["evaluation_loss"], abs=1e-4)
+    assert float(accuracy) == pytest.approx(100 * expected["accuracy"], abs=0.1)
+    before = next(r["evaluation_loss"] for r in records if r["kind"] == "evaluation" and r["step"] == 0)
+    assert float(loss) != pytest.approx(before, abs=1e-2)
+
+
+def test_merged_is_base_and_adapter(run, adapter, model_folder, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    fields = json.loads((base / "config.json").read_text()) | {"torch_dtype": "float32", "note": "kept"}
+    (base / "config.json").write_text(json.dumps(fields))
+    (base / "tokenizer_config.json").write_text("{}")
+    call("merge", base, adapter, tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text()) == fields
+    assert (tmp_path / "merged" / "tokenizer_config.json").read_text() == "{}"
+    before, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    updates = products(adapter)
+    assert set(merged) == set(before)
+    for name, tensor in before.items():
+        update = updates.pop(name.removesuffix(".weight"), np.zeros(()))
+        np.testing.assert_allclose(merged[name], tensor + update.T, atol=1e-6)
+    assert not updates
+    call("export", run, tmp_path / "direct", "--member", "lora-seed=1", "--merged")
+    direct = load_file(tmp_path / "direct" / "model.safetensors")
+    assert all(np.array_equal(merged[name], direct[name]) for name in merged | direct)
+
+
+def test_merged_keeps_the_dtype_of_its_base_or_takes_the_one_asked_for(adapter, model_folder, tmp_path):
+    def dtypes(name):
+        return {tensor.dtype.name for tensor in load_file(tmp_path / name / "model.safetensors").values()}
+
+    shutil.copytree(model_folder, tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}))
+    call("merge", tmp_path / "base", adapter, tmp_path / "half", "--dtype", "bfloat16")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    call("merge", tmp_path / "half", adapter, tmp_path / "again")
+    assert dtypes("half") == dtypes("again") == {"bfloat16"}
+
+
+def products(folder):
+    return {name: m.scale * m.lora_a @ m.lora_b for name, m in read_peft(folder).modules().items()}
+
+
+def test_balance_keeps_products_and_everything_else(adapter, tmp_path, capsys):
+    source = tmp_path / "source"
+    shutil.copytree(adapter, source)
+    tensors = load_file(source / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.weight"] = np.ones((2, 2), np.float32)
+    save_file(tensors, source / "adapter_model.safetensors", metadata={"format": "pt", "mine": "1"})
+    config = json.loads((source / "adapter_config.json").read_text()) | {"modules_to_save": ["lm_head"]}
+    (source / "adapter_config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    call("balance", source, tmp_path / "out", "--gauge", "nearest")
+    shown = capsys.readouterr().out
+    worst = [float(re.search(rf"{when} +\S+ +(\S+)", shown).group(1)) for when in ("before", "after")]
+    assert worst[1] < 1e-6 < 0.1 < worst[0]
+    assert "6 pairs" in shown
+    for file in ("adapter_config.json", "README.md"):
+        assert (tmp_path / "out" / file).read_bytes() == (source / file).read_bytes()
+    after = read_peft(tmp_path / "out")
+    assert after.metadata == {"format": "pt", "mine": "1"}
+    np.testing.assert_array_equal(after.tensors["base_model.model.lm_head.weight"], np.ones((2, 2)))
+    assert set(after.tensors) == set(tensors)
+    left, right = (after.tensors[f"{DOWN}.lora_{side}.weight"] for side in "AB")
+    gram = left @ left.T
+    np.testing.assert_allclose(gram, right.T @ right, atol=1e-6 * np.abs(gram).max())
+    assert np.abs(gram - np.diag(np.diag(gram))).max() > 1e-4 * np.abs(gram).max()  # as only the default's is diagonal
+    np.testing.assert_allclose(
+        right @ left, tensors[f"{DOWN}.lora_B.weight"] @ tensors[f"{DOWN}.lora_A.weight"], atol=1e-6
+    )
+
+
+def test_balance_of_dtypes_and_of_pairs_that_lack_rank(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    modules = {
+        f"h.{n}.x": LowRank(rng.standard_normal((9, 2)).astype(dtype), rng.standard_normal((2, 7)).astype(dtype), 1.0)
+        for n, dtype in enumerate(("float64", "float32", "float16"))
+    }
+    modules["h.10.x"] = LowRank(np.ones((9, 2), np.float32), np.zeros((2, 7), np.float32), 1.0)
+    write_peft(from_modules(modules), tmp_path / "in")
+    call("balance", tmp_path / "in", tmp_path / "out")
+    assert "left as they were, because their product lacks rank: h.10.x" in capsys.readouterr().out
+    before, after = products(tmp_path / "in"), products(tmp_path / "out")
+    for name, tolerance in (("h.0.x", 1e-13), ("h.1.x", 1e-5), ("h.2.x", 1e-2)):
+        assert after[name].dtype == before[name].dtype
+        np.testing.assert_allclose(after[name], before[name], atol=tolerance)
+    np.testing.assert_array_equal(read_peft(tmp_path / "out").modules()["h.10.x"].lora_a, 1)
+
+
+def test_inspect_shows_every_pair_in_order(tmp_path, capsys):
+    a, b = np.array([[3.0, 0], [0, 1], [0, 0]]), np.array([[1.0, 0, 0, 0], [0, 1, 0, 0]])
+    modules = {f"h.{n}.x": LowRank(a.astype(np.float32), b.astype(np.float32), 2.0) for n in (10, 9)}
+    write_peft(from_modules(modules), tmp_path / "in")
+    call("inspect", tmp_path / "in", "--figure", tmp_path / "figure.png")
+    first, second = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  h.")]
+    # singular values 6 and 2; A^T A = diag(9, 1), B B^T = I; (9 + 1) / 1 and 2 x 3 / 1
+    gap = f"{8 / (np.hypot(9, 1) + np.sqrt(2)):.1e}"
+    assert first == ["h.9.x", "3", "x", "4", "2", "6.00e+00", "to", "2.00e+00", "6.32", "1.11", gap, "10", "6"]
+    assert second[0] == "h.10.x"
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_generate_continues_every_prompt_with_the_most_likely_tokens(adapter, model_folder, capsys, monkeypatch):
+    prompts = ["What is 3 + 4?", "7?"]
+    call("generate", model_folder, "--adapter", adapter, "--prompt", *prompts, "--max-new-tokens", "2")
+    shown = capsys.readouterr().out
+    tokenizer, model = CharTokenizer(), load_decoder(model_folder)
+    load_adapters(model, read_peft(adapter))
+    likeliest = nnx.jit(lambda model, tokens: model(tokens)[0].argmax(-1))
+    expected = []
+    for prompt in prompts:  # each alone, without padding
+        tokens = [tokenizer.bos_id, *tokenizer.encode(f"{prompt} ")]
+        for _ in range(2):
+            row = np.array([tokens + [0] * (40 - len(tokens))])  # no token looks at what follows it
+            tokens.append(int(likeliest(model, row)[len(tokens) - 1]))
+        expected.append(tokenizer.decode(tokens))
+    assert shown.splitlines() == expected
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(prompts)))
+    call("generate", model_folder, "--adapter", adapter, "--max-new-tokens", "2")
+    assert capsys.readouterr().out == shown
+
+
+def test_continuation_keeps_the_space_before_it():
+    class Words:
+        def decode(self, ids):
+            return " ".join(f"w{i}" for i in ids)
+
+    assert _said(Words(), [1, 2], [3]) == " w3"
+    assert _said(Words(), [1, 2], []) == ""
+
+
+def test_reading_a_run_leaves_it_as_it_is(run, tmp_path):
+    def state():
+        return {file: file.stat().st_mtime_ns for file in run.rglob("*")}
+
+    (run / "checkpoints" / "lora" / "3.orbax-checkpoint-tmp").mkdir()  # a save that goes on meanwhile
+    before = state()
+    call("export", run, tmp_path / "out", "--member", "lora-seed=0")
+    assert state() == before
+    (run / "checkpoints" / "lora" / "3.orbax-checkpoint-tmp").rmdir()
+
+
+def test_mistakes_of_export(run, fails, tmp_path):
+    out = tmp_path / "out"
+    message = fails("export", run, out)
+    assert "name one member" in message
+    assert message.count("seed=") == 2
+    assert "has no member lora-seed=2; did you mean lora-seed=1?" in fails(
+        "export", run, out, "--member", "lora-seed=2"
+    )
+    assert "must be a run directory" in fails("export", tmp_path, out)
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    assert "is not finished; name one of its members" in fails("export", tmp_path / "run", out)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "lora")
+    assert "has no checkpoint of lora-seed=0" in fails("export", tmp_path / "run", out, "--member", "lora-seed=0")
+    (tmp_path / "run" / "config.json").write_text('{"a": {"name": "x", "colour": 3}}')
+    assert "Config has no field colour" in fails("export", tmp_path / "run", out)
+    assert not out.exists()
+
+
+def test_outputs_are_never_overwritten(run, adapter, model_folder, fails, tmp_path):
+    (tmp_path / "file").touch()
+    for out, message in ((adapter, "holds files"), (tmp_path / "file", "is a file")):
+        assert message in fails("export", run, out, "--member", "lora-seed=0")
+        assert message in fails("balance", adapter, out)
+        assert message in fails("merge", model_folder, adapter, out)
+    assert "cannot write" in fails("balance", adapter, tmp_path / "file" / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_interrupted_output_leaves_nothing(adapter, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("balora_jax.commands.balance.copy_other_files", interrupted)
+    assert main(["balance", str(adapter), str(tmp_path / "out")]) == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_of_adapters_and_models(adapter, model_folder, config_file, fails, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    assert "needs ADAPTER, OUT; balora-jax balance --help" in fails("balance")
+    assert "invalid choice 'sdv'" in fails("balance", adapter, out, "--gauge", "sdv")
+    for arguments in (["inspect", out], ["balance", out, other], ["merge", model_folder, out, other]):
+        assert f"ADAPTER: {out}/adapter_config.json does not exist" in fails(*arguments)
+    assert "--adapter: " in fails("generate", model_folder, "--adapter", out, "--prompt", "x")
+    assert "ADAPTER: " in fails("evaluate", config_file, "--adapter", out)
+    assert "MODEL: nowhere must be a model folder" in fails("merge", "nowhere", adapter, out)
+    shutil.copytree(adapter, other)
+    tensors = load_file(other / "adapter_model.safetensors")
+    del tensors[f"{DOWN}.lora_B.weight"]
+    save_file(tensors, other / "adapter_model.safetensors")
+    assert f"lacks the tensor {DOWN}.lora_B.weight" in fails("merge", model_folder, other, out)
+    assert f"the factor {DOWN}.lora_A.weight has no partner" in fails("inspect", other)
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"target_parameters": ["x"]}))
+    assert "target_parameters must not be set" in fails("balance", other, out)
+    (other / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    shutil.copyfile(adapter / "adapter_model.safetensors", other / "adapter_model.safetensors")
+    assert "lacks the field lora_alpha" in fails("inspect", other)
+    tensors = load_file(other / "adapter_model.safetensors")
+    tensors[f"{DOWN}.lora_B.weight"][0, 0] = np.nan
+    save_file(tensors, other / "adapter_model.safetensors")
+    assert "model.layers.1.mlp.down_proj: lora_a and lora_b must be finite" in fails("balance", other, out)
+    assert "cannot write the figure" in fails("inspect", adapter, "--figure", tmp_path / "none" / "x.png")
+
+
+def test_mistakes_of_evaluate_and_generate(model_folder, config_file, fails, monkeypatch):
+    assert "evaluate needs a config file" in fails("evaluate")
+    assert "--adapter needs a PEFT folder" in fails("evaluate", config_file, "--adapter")
+    assert "has no --output" in fails("evaluate", config_file, "--output", "x")
+    assert "did you mean data.length" in fails("evaluate", config_file, "--data.lenght", "3")
+    file = config_file.with_name("swept.py")
+    file.write_text(config_file.read_text() + "sweep = {'data.length': (40, 60)}\n")
+    assert "the config sweeps data.length; choose one with --data.length" in fails("evaluate", file)
+    assert "--max-new-tokens must be at least 1" in fails(
+        "generate", model_folder, "--prompt", "x", "--max-new-tokens", "0"
+    )
+    assert "printable ASCII" in fails("generate", model_folder, "--prompt", "π")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    assert "the standard input holds no texts" in fails("generate", model_folder)
+
+
+def test_usage_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    named = re.findall(r"^  (\w+) [A-Z]+", capsys.readouterr().out, re.MULTILINE)
+    assert named == list(_COMMANDS)

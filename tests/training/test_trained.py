@@ -1,0 +1,69 @@
+"""Members of a run read back from its directory, for every kind of adapter."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from balora_jax.adapters import export_adapters, iter_adapters, load_adapters
+from balora_jax.methods import get_method
+from balora_jax.models.weights import load_decoder
+from balora_jax.training import ConfigError
+from balora_jax.training.checkpoints import Checkpoints
+from balora_jax.training.step import Program
+from balora_jax.training.trained import _any_batches, load_trained, read_members
+
+
+def checkpointed(folder, members):
+    """Writes a run directory as after three steps, with random numbers in the state; returns the adapters' tree."""
+    program = Program(next(iter(members.values())), load_decoder(next(iter(members.values())).model.path))
+    like = jax.eval_shape(lambda: program.initial_state(list(members.values()), _any_batches(program, members)))
+    rng = np.random.default_rng(0)
+
+    def values(leaf):
+        random = rng.standard_normal(leaf.shape) if leaf.dtype == np.float32 else np.full(leaf.shape, -1)
+        return jax.numpy.asarray(random, leaf.dtype)
+
+    state = jax.tree.map(values, like)
+    alphas = np.array([member.adapter.alpha for member in members.values()], np.float32)
+    state = state._replace(numbers={**state.numbers, "adapter.alpha": jax.numpy.asarray(alphas)})
+    checkpoints = Checkpoints(folder / "checkpoints" / next(iter(members.values())).method, keep=1)
+    checkpoints.save(3, state, {})
+    checkpoints.close()
+    (folder / "config.json").write_text(json.dumps({name: dataclasses.asdict(m) for name, m in members.items()}))
+    return state.adapters
+
+
+@pytest.mark.parametrize("method", ["balora_rslora", "balora_dora", "olora", "balora_ga"])
+def test_member_is_read_and_exported(method, members, tmp_path):
+    names = {"a": 6.0, "b": 2.0}
+    configs = {name: members(method=method, adapter__alpha=alpha) for name, alpha in names.items()}
+    configs = {f"{method}-alpha={config.adapter.alpha:g}": config for config in configs.values()}
+    adapters = checkpointed(tmp_path, configs)
+    assert read_members(tmp_path) == configs
+    name = f"{method}-alpha=2"
+    trained = load_trained(tmp_path, name)
+    assert (trained.name, trained.config, trained.step, trained.diverged_at) == (name, configs[name], 3, -1)
+    expected = jax.tree.map(lambda x: x[1], adapters)
+    found = nnx.state(trained.model, nnx.LoRAParam)
+    assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(expected)))
+    scaling = get_method(method).scaling
+    exported = export_adapters(trained.model, scaling=scaling)
+    rank = 6 if get_method(method).initialisation.offset else 3
+    assert (exported.config["r"], exported.config["lora_alpha"]) == (rank, 2 * rank // 3)
+    again = load_decoder(configs[name].model.path)
+    load_adapters(again, exported)
+    for (path, ours), (_, theirs) in zip(iter_adapters(trained.model), iter_adapters(again), strict=True):
+        size = np.abs(ours.weight_update()).max()
+        np.testing.assert_allclose(theirs.weight_update(), ours.weight_update(), atol=1e-5 * size, err_msg=path)
+
+
+def test_only_member_needs_no_name(members, tmp_path):
+    config = members()
+    checkpointed(tmp_path, {"lora": config})
+    assert load_trained(tmp_path).name == "lora"
+    with pytest.raises(ConfigError, match="has no member loro; did you mean lora"):
+        load_trained(tmp_path, "loro")
