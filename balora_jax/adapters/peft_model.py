@@ -19,8 +19,8 @@ def export_adapters(model: Decoder, *, scaling: Scaling = "lora", base: str | No
     """Returns the adapters of a decoder as PEFT keeps them.
 
     Adapters that started with a product in the place of part of the weight (PiSSA, OLoRA, LoRA-GA, LORO) become LoRA of
-    rank 2 r on the original weight, `A B - A0 B0 = [A, A0] [B; -B0]`, as PEFT itself converts them. AdaLoRA becomes LoRA
-    with the factors `P diag(E)` and Q.
+    rank 2 r on the original weight, `A B - A0 B0 = [A, A0] [B; -B0]`, as PEFT itself converts them. AdaLoRA becomes
+    LoRA with the factors `P diag(E)` and Q.
 
     Args:
         model: a decoder with adapters that are low-rank pairs (`LoRALinear` and what derives from it).
