@@ -179,12 +179,22 @@ def _share(count: int | None, parts: int) -> int | None:
     return None if count is None else -(-count // parts)
 
 
-def _mathematics(settings: DataSettings, lay_out: Callable[..., datasets.Dataset] | None = None) -> Splits:
+def as_dataset(examples: list[mathematics.Example], *, prompt: str = "{} ", answer: str = "{}") -> datasets.Dataset:
+    """Returns mathematics examples with the columns of recipes, questions and answers in the given frames."""
+    return datasets.Dataset.from_dict(
+        {
+            "module": [example.module for example in examples],
+            "prompt": [prompt.format(example.question) for example in examples],
+            "answer": [answer.format(example.answer) for example in examples],
+        }
+    )
+
+
+def _mathematics(settings: DataSettings, lay_out: Callable[..., datasets.Dataset] = as_dataset) -> Splits:
     """School mathematics: generated, or the DeepMind Mathematics data set (arXiv 1904.01557) from a folder.
 
     From a folder, training takes `train-easy`, `train-medium` and `train-hard`, evaluation takes `interpolate`.
     """
-    lay_out = lay_out or as_dataset
     if settings.path is None:
         if settings.train_examples is None or settings.eval_examples is None:
             raise ValueError("data.train_examples and data.eval_examples must be numbers where examples are generated")
@@ -212,17 +222,6 @@ def _read_evenly(settings: DataSettings, splits: tuple[str, ...], count: int | N
     modules = settings.modules or tuple(names)
     per_file = _share(count, max(len(modules) * len(splits), 1))
     return mathematics.read_folder(settings.path, modules, split=splits, limit=per_file)[:count]
-
-
-def as_dataset(examples: list[mathematics.Example], *, prompt: str = "{} ", answer: str = "{}") -> datasets.Dataset:
-    """Returns mathematics examples with the columns of recipes, questions and answers in the given frames."""
-    return datasets.Dataset.from_dict(
-        {
-            "module": [example.module for example in examples],
-            "prompt": [prompt.format(example.question) for example in examples],
-            "answer": [answer.format(example.answer) for example in examples],
-        }
-    )
 
 
 RECIPES: dict[str, Callable[[DataSettings], Splits]] = {
