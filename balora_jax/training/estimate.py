@@ -141,9 +141,9 @@ def report(name: str, found: Estimate) -> Table:
     for path, shapes in found.adapters.items():
         size = sum(map(math.prod, shapes))
         table.add_row(f"{path}: {' + '.join(map(str, shapes))}", f"{size:,}", _bytes(4 * size))  # float32
-    share = f"trained parameters ({found.trained[0] / found.base[0]:.2%} of the base)"
+    share = f"trained parameters of a run ({found.trained[0] / found.base[0]:.2%} of the base)"
     table.add_row(share, f"{found.trained[0]:,}", _bytes(found.trained[1]))
-    table.add_row("optimizer state", f"{found.opt_state[0]:,}", _bytes(found.opt_state[1]), end_section=True)
+    table.add_row("optimizer state of a run", f"{found.opt_state[0]:,}", _bytes(found.opt_state[1]), end_section=True)
     runs = "one run" if found.members == 1 else f"{found.members} runs together"
     table.add_row("base, states and batch", "", _bytes(found.step.arguments))
     table.add_row("temporaries", "", _bytes(found.step.temporaries))
