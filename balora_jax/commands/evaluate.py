@@ -11,7 +11,7 @@ from rich.table import Table
 from balora_jax.adapters import load_adapters, read_peft
 from balora_jax.commands.folders import explained
 from balora_jax.training.config import Config, ConfigError, Sweep, check
-from balora_jax.training.evaluation import accuracies, evaluate_loss, generate_answers
+from balora_jax.training.evaluation import accuracies, answer, evaluate_loss
 from balora_jax.training.run import load_data, load_model
 from balora_jax.training.single import NOTHING_TRAINED, Single
 from balora_jax.training.step import Program
@@ -42,16 +42,20 @@ def report(config: Config, sweep: Sweep, adapter: Path | None, console: Console)
     if peft is not None:
         with explained("ADAPTER"):
             load_adapters(model, peft)
-    examples = load_data(config.data)[1]
+    examples = load_data(config.data, config.model.path)[1]
     program = cast(Program, Single(model))  # as much of one as an evaluation uses
     batch_size = config.training.eval_batch_size
     losses = evaluate_loss(program, NOTHING_TRAINED, examples, batch_size=batch_size)
-    (texts,) = generate_answers(program, NOTHING_TRAINED, examples, batch_size=batch_size)
-    accuracy = accuracies(texts, examples)
+    accuracy = {}
+    if examples.score is not None:
+        new_tokens = config.training.max_new_tokens
+        (texts,) = answer(program, NOTHING_TRAINED, examples, batch_size=batch_size, max_new_tokens=new_tokens)
+        accuracy = accuracies(texts, examples)
     table = Table(box=box.SIMPLE_HEAD, caption=f"{config.model.path}, adapter: {adapter or 'none'}")
     for name in ("module", "examples", "evaluation loss", "exact match"):
         table.add_column(name, justify="left" if name == "module" else "right")
     for name, loss in [*losses.by_module.items(), ("all", losses.total)]:
         count = len(examples.modules) if name == "all" else int((examples.modules == name).sum())
-        table.add_row(name, str(count), f"{loss[0]:.4f}", f"{100 * accuracy[name]:.1f} %")
+        right = f"{100 * accuracy[name]:.1f} %" if accuracy else "-"
+        table.add_row(name, str(count), f"{loss[0]:.4f}", right)
     console.print(table)
