@@ -1,10 +1,10 @@
-# The two commands of this project. Everything goes into the virtual environment $(VENV), made if it is missing.
+# The commands of this project. Everything goes into the virtual environment $(VENV), made if it is missing.
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test
+.PHONY: quickstart test parity
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -15,6 +15,10 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+parity: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,parity]'
+	$(BIN)/python -m pytest tests/*/test_*_parity.py
 
 $(VENV)/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it with make PYTHON=..." >&2; exit 2; }
