@@ -1,7 +1,7 @@
 """Does more rank help? Six methods at ranks 16 to 128, a grid of learning rates each, three seeds.
 
 Command:   balora-jax run configs/rank_ablation.py
-           a part of it: add --adapter.rank 64, --method dora, --optimizer.learning-rate 0.001, --seed 3
+           a part of it: add --adapter.rank 64, --method dora, --optimizer.learning-rate 0.001, --seed 2
 Time:      about two hours on two CPU cores
 Rank 8:    the same runs, with five seeds, are part of compare_methods.py
 Model:     school-math, as in quickstart.py; its layers are 160 and 480 wide, so rank 128 is nearly full
