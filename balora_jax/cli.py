@@ -134,7 +134,7 @@ def apply_overrides(
     """Applies dotted flags to a config; a field that is set this way is no longer swept.
 
     Of a sweep of several mappings, those stay that hold the value that is set, so that flags pick out runs of the
-    sweep; if none does, all stay.
+    sweep; if none does, all stay, and have the value.
 
     Args:
         config: the file's config.
@@ -167,12 +167,13 @@ def _without(config: Config, sweep: Sweep, overridden: list[str]) -> Sweep:
     if not any(name in mapping for mapping in mappings for name in overridden):
         return sweep
 
-    def holds(mapping):
-        return all(get_field(config, name) in mapping[name] for name in overridden if name in mapping)
-
+    for name in overridden:
+        holding = [mapping for mapping in mappings if get_field(config, name) in mapping.get(name, ())]
+        if holding:
+            mappings = [mapping for mapping in mappings if name not in mapping or mapping in holding]
     runs: list[Config] = []
     kept: list[dict] = []
-    for mapping in [mapping for mapping in mappings if holds(mapping)] or mappings:
+    for mapping in mappings:
         for choice in combinations({name: values for name, values in mapping.items() if name not in overridden}):
             run = with_fields(config, choice)
             if run not in runs:

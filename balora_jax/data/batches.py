@@ -47,7 +47,7 @@ class Encoded(NamedTuple):
     Attributes:
         tokens: the tokens of each example.
         learned: for each example, which of its tokens the model must predict.
-        kept: indices of the examples that were not too long, into the data set.
+        kept: which example of the data set each is; several are of one where a text was cut into pieces.
     """
 
     tokens: list[np.ndarray]
@@ -71,12 +71,14 @@ def encode(examples: datasets.Dataset, tokenizer: Tokenizer, *, max_length: int)
     Args:
         examples: with text columns `prompt` and `answer`, or a column `messages` of conversations.
         tokenizer: turns text into tokens.
-        max_length: examples of more tokens are left out; `len(examples) - len(encoded.kept)` tells how many.
+        max_length: examples of more tokens are left out, and `len(examples) - len(set(encoded.kept))` tells how many;
+            bare texts, whose prompt is empty, are cut into pieces of so many tokens instead.
 
     Returns:
         The kept examples. A prompt and its answer are `bos prompt answer eos` (no `bos` if the tokenizer has none), of
         which the answer and `eos` are learned; conversations are as the chat template has them, and the assistant's
-        turns are learned. A first token is never learned, as nothing is there to predict it from.
+        turns are learned. A first token is never learned, as nothing is there to predict it from; a piece of a text
+        therefore begins with the last token of the piece before.
 
     Raises:
         ValueError: every example is too long, or the tokenizer cannot encode one.
@@ -92,13 +94,23 @@ def encode(examples: datasets.Dataset, tokenizer: Tokenizer, *, max_length: int)
     key = ("tokens", tokenizer.fingerprint)
     encoded = mapped(examples, tokenise, features=_ENCODED, key=key, description="Tokenising")
     tokens, learned = _rows(encoded, "tokens"), _rows(encoded, "learned")
-    kept = [i for i, row in enumerate(tokens) if len(row) <= max_length]
-    if not kept:
+    bare = [not prompt for prompt in examples["prompt"]] if "prompt" in examples.column_names else [False] * len(tokens)
+    places = [(i, part) for i, row in enumerate(tokens) for part in _pieces(len(row), max_length, cut=bare[i])]
+    if not places:
         raise ValueError(
             f"max_length must leave at least one example, got {max_length} "
             f"and a shortest example of {min(map(len, tokens), default=0)} tokens"
         )
-    return Encoded([tokens[i] for i in kept], [learned[i] for i in kept], kept)
+    masks = [np.append(False, learned[i][part][1:]) if part.start else learned[i][part] for i, part in places]
+    return Encoded([tokens[i][part] for i, part in places], masks, [i for i, _ in places])
+
+
+def _pieces(length: int, max_length: int, *, cut: bool) -> list[slice]:
+    """The whole of a text that is not too long; none of one that is, or pieces that share a token with the next."""
+    if length <= max_length:
+        return [slice(None)]
+    starts = range(0, length - 1, max_length - 1) if cut and max_length > 1 else ()
+    return [slice(start, start + max_length) for start in starts]
 
 
 def _encode_answer(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int], list[bool]]:

@@ -31,7 +31,7 @@ class DataSettings:
         train_examples: largest number of training examples; None for all of a published data set.
         eval_examples: largest number of evaluation examples; None for all of a published evaluation split. A data set
             without such a split holds this number out from training.
-        length: tokens per row; longer examples are left out, and counted.
+        length: tokens per row; longer examples are left out, and counted, but bare texts are cut into pieces.
         packing: whether several examples share a row in training.
         seed: of the draw of the examples; the same for all runs that are compared.
     """
@@ -111,14 +111,14 @@ class Published:
     """The recipe of a published data set of rows.
 
     Attributes:
-        hub: name of its repository on the Hub.
+        hub: name of its repository on the Hub; None for a format that many data sets have.
         read: from a row to an example.
         columns: columns of the examples, with their types.
         score: whether an answer is right.
         parts: names of the configurations that are used; they are the modules, if there are several.
     """
 
-    hub: str
+    hub: str | None
     read: Reader
     columns: dict = field(default_factory=lambda: _CONVERSATIONS)
     score: Score | None = None
@@ -229,12 +229,14 @@ RECIPES: dict[str, Callable[[DataSettings], Splits]] = {
     "dm_mathematics": _dm_mathematics,
     "alpaca": Published("tatsu-lab/alpaca", rows.alpaca),
     "codefeedback": Published("m-a-p/CodeFeedback-Filtered-Instruction", rows.codefeedback),
-    "openhermes": Published("teknium/OpenHermes-2.5", rows.openhermes),
+    "openhermes": Published("teknium/openhermes", rows.openhermes),
     "openorca": Published("Open-Orca/OpenOrca", rows.openorca),
     "wizardlm": Published("WizardLMTeam/WizardLM_evol_instruct_70k", rows.wizardlm),
     "metamathqa": Published("meta-math/MetaMathQA", rows.metamathqa, _ANSWERS, same_final_answer),
     "gsm8k": Published("openai/gsm8k", rows.gsm8k, _ANSWERS, same_final_answer, ("main",)),
-    "wikitext": Published("Salesforce/wikitext", rows.wikitext, _ANSWERS, None, ("wikitext-2-raw-v1",)),
+    "wikitext": Published("Salesforce/wikitext", rows.text, _ANSWERS, None, ("wikitext-2-raw-v1",)),
+    "arxiv": Published("ccdv/arxiv-summarization", rows.arxiv, _ANSWERS, None, ("document",)),
+    "text": Published(None, rows.text, _ANSWERS),
     "arc": Published("allenai/ai2_arc", rows.arc, _CHOICES, exact_match, ("ARC-Challenge", "ARC-Easy")),
 }
 """The recipes by name."""

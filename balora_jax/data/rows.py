@@ -3,7 +3,7 @@
 Each function takes a row with the published columns and returns `prompt` and `answer` (and `choices`, where the answer
 is one of several), or `messages`, the turns of a conversation; or None for a row without a question or an answer. The
 formats are those of arXiv 2605.31484: conversations for the instruction sets, `Question: ...`, a new line and `Answer:`
-for the mathematical ones, bare lines for Wikitext.
+for the mathematical ones, bare text for Wikitext and arXiv.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,13 +28,8 @@ def codefeedback(row: Row) -> dict[str, Any] | None:
 
 
 def openhermes(row: Row) -> dict[str, Any] | None:
-    """`conversations`: turns with `from` (`system`, `human`, `gpt`) and `value`."""
-    messages = []
-    for turn in row["conversations"]:
-        if turn["from"] not in _ROLES:
-            raise ValueError(f"a turn must be from one of {', '.join(_ROLES)}, got {turn['from']!r}")
-        messages.append(Message(role=_ROLES[turn["from"]], content=turn["value"] or ""))
-    return _conversation(messages)
+    """`instruction`, `input`, `output` (the first, 243k); or conversations (2.5, 1M)."""
+    return _turns(row) if "conversations" in row else alpaca(row)
 
 
 def openorca(row: Row) -> dict[str, Any] | None:
@@ -43,8 +38,8 @@ def openorca(row: Row) -> dict[str, Any] | None:
 
 
 def wizardlm(row: Row) -> dict[str, Any] | None:
-    """`instruction`, `output` (70k); or `conversations` as in OpenHermes (V2, 196k)."""
-    return openhermes(row) if "conversations" in row else _exchange(row["instruction"], row["output"])
+    """`instruction`, `output` (70k); or conversations (V2, 196k)."""
+    return _turns(row) if "conversations" in row else _exchange(row["instruction"], row["output"])
 
 
 def metamathqa(row: Row) -> dict[str, Any] | None:
@@ -57,10 +52,14 @@ def gsm8k(row: Row) -> dict[str, Any] | None:
     return _question(row["question"], row["answer"])
 
 
-def wikitext(row: Row) -> dict[str, Any] | None:
-    """`text`, a line; every token of it is learned."""
-    text = row["text"].strip()
-    return {"prompt": "", "answer": text} if text else None
+def text(row: Row) -> dict[str, Any] | None:
+    """`text`, a line or a document; every token of it is learned."""
+    return _text(row["text"])
+
+
+def arxiv(row: Row) -> dict[str, Any] | None:
+    """`article`, the body of a paper (and `abstract`); every token of it is learned."""
+    return _text(row["article"])
 
 
 def arc(row: Row) -> dict[str, Any] | None:
@@ -73,6 +72,10 @@ def arc(row: Row) -> dict[str, Any] | None:
     return question and {**question, "choices": [f" {label}" for label in labels]}
 
 
+def _text(text: str | None) -> dict[str, Any] | None:
+    return {"prompt": "", "answer": text.strip()} if text and text.strip() else None
+
+
 def _question(question: str | None, answer: str | None) -> dict[str, Any] | None:
     if not question or not answer or not question.strip() or not answer.strip():
         return None
@@ -83,6 +86,16 @@ def _exchange(question: str | None, answer: str | None, system: str | None = Non
     messages = [Message(role="system", content=system)] if system else []
     turns = [Message(role="user", content=question or ""), Message(role="assistant", content=answer or "")]
     return _conversation(messages + turns)
+
+
+def _turns(row: Row) -> dict[str, Any] | None:
+    """`conversations`: turns with `from` (`system`, `human`, `gpt`) and `value`."""
+    messages = []
+    for turn in row["conversations"]:
+        if turn["from"] not in _ROLES:
+            raise ValueError(f"a turn must be from one of {', '.join(_ROLES)}, got {turn['from']!r}")
+        messages.append(Message(role=_ROLES[turn["from"]], content=turn["value"] or ""))
+    return _conversation(messages)
 
 
 def _conversation(messages: list[Message]) -> dict[str, Any] | None:

@@ -9,14 +9,14 @@ import numpy as np
 _FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
 
-def read_source(path: str | None, *, hub: str, part: str | None) -> dict[str, datasets.Dataset]:
+def read_source(path: str | None, *, hub: str | None, part: str | None) -> dict[str, datasets.Dataset]:
     """Reads a data set.
 
     Args:
         path: a folder that `save_to_disk` wrote, a file of parquet, JSON (lines or one list) or CSV, or a folder of
             such files, whose names tell their splits (`train-00000-of-00001.parquet`, `test.jsonl`), such as a copy of
             the repository; None for the Hub.
-        hub: name of the repository on the Hub.
+        hub: name of the repository on the Hub, if there is one.
         part: name of a configuration, and of the sub-folder that holds it, if there is one.
 
     Returns:
@@ -27,6 +27,8 @@ def read_source(path: str | None, *, hub: str, part: str | None) -> dict[str, da
         ValueError: the files are of no known format, or broken.
     """
     if path is None:
+        if hub is None:
+            raise ValueError("data.path must be a file or a folder for data without a place on the Hub, got None")
         return _load(hub, hub, name=part)
     place = Path(path)
     if part is not None and (place / part).is_dir():

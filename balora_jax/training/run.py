@@ -304,7 +304,7 @@ def load_data(settings: DataSettings, model: str = ModelSettings.path) -> tuple[
     lay_out = pack if settings.packing else pad
     arrays = lay_out(train, length=settings.length, pad_id=tokenizer.pad_id)
     examples = EvaluationSet.build(held_out, splits.evaluation, tokenizer, score=splits.score)
-    long = len(splits.train) - len(train.kept) + len(splits.evaluation) - len(held_out.kept)
+    long = len(splits.train) - len(set(train.kept)) + len(splits.evaluation) - len(set(held_out.kept))
     left_out = {**splits.left_out, **({f"of more than {settings.length} tokens": long} if long else {})}
     return arrays, examples, left_out
 

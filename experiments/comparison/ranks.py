@@ -1,15 +1,15 @@
-"""The table and the figure of the ablation of the rank: `python experiments/comparison/ranks.py RUN ...`.
+"""The table and the figure of the ablation of the rank.
 
-RUN are output folders of `balora-jax run configs/rank_ablation.py`. For each method and rank the learning rate with the
-lowest mean final evaluation loss over the seeds is taken, and compared with LoRA of that rank, seed by seed.
+    python experiments/comparison/ranks.py RUN ... [--output FOLDER]
+
+RUN are output folders of `balora-jax run configs/rank_ablation.py`, or of another config that sweeps the rank. For each
+method and rank the learning rate with the lowest mean final evaluation loss over the seeds is taken, and compared with
+LoRA of that rank, seed by seed.
 """
-
-import sys
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from tables import best_text, difference_text, loss_text, summary, write
+from tables import arguments, best_text, difference_text, loss_text, summary, write
 
 from balora_jax.training.comparison import best_cell, compare, load_runs, sorted_by
 
@@ -35,7 +35,8 @@ def draw(rows: list[dict]):
 
 def main() -> None:
     """Reads the runs, writes record, table and figure."""
-    runs, environments = load_runs(map(Path, sys.argv[1:]))
+    options = arguments(__doc__)
+    runs, environments = load_runs(options.runs)
     rows, groups = [], sorted_by(runs, lambda run: (run.field("adapter.rank"), run.field("method")))
     cells = {key: best_cell(group, ["optimizer.learning_rate"]) for key, group in groups.items()}
     lost = [key for key, cell in cells.items() if cell is None]
@@ -53,11 +54,11 @@ def main() -> None:
             best_text(row).removeprefix("learning rate "),
             loss_text(row),
             difference_text(row),
-            f"{100 * row['accuracy']['mean']:.1f} %",
+            f"{100 * row['accuracy']['mean']:.1f} %" if row["accuracy"] else "-",
         ]
         for row in rows
     ]
-    write("ranks", rows, environments, table, draw(rows))
+    write("ranks", rows, environments, table, draw(rows), folder=options.output)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,25 @@
-"""The heat maps of learning rate x scale: `python experiments/comparison/sensitivity.py RUN ...`.
+"""The heat maps of learning rate x scale.
 
-RUN are output folders of `balora-jax run configs/sensitivity.py`. A cell is the mean final evaluation loss over its
-seeds; a method is as little sensitive as it has many cells near its best one.
+    python experiments/comparison/sensitivity.py RUN ... [--output FOLDER]
+
+RUN are output folders of `balora-jax run configs/sensitivity.py`, or of another config with such a grid. A cell is the
+mean final evaluation loss over its seeds; a method is as little sensitive as it has many cells near its best one.
 """
-
-import sys
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from tables import write
+from tables import arguments, write
 
-from balora_jax.training.comparison import load_runs, sorted_by
+from balora_jax.training.comparison import Run, load_runs, sorted_by
 
 NEAR = 1.1
 """A cell is near the best one if its loss is below so many times the best."""
+
+
+def scale(run: Run) -> float:
+    """The scale of the adapters, and of their product where LoRA-GA starts, four digits of it."""
+    gamma = dict(run.field("options")).get("gamma", 1.0)
+    return float(f"{run.field('adapter.alpha') / run.field('adapter.rank') / gamma:.4g}")
 
 
 def draw(maps: dict[str, np.ndarray], rates: list[float], scales: list[float]):
@@ -39,16 +44,16 @@ def draw(maps: dict[str, np.ndarray], rates: list[float], scales: list[float]):
 
 def main() -> None:
     """Reads the runs, writes record, table and figure."""
-    runs, environments = load_runs(map(Path, sys.argv[1:]))
+    options = arguments(__doc__)
+    runs, environments = load_runs(options.runs)
     rates = sorted({run.field("optimizer.learning_rate") for run in runs})
-    scales = sorted({run.field("adapter.alpha") / run.field("adapter.rank") for run in runs})
+    scales = sorted(set(map(scale, runs)))
     maps, rows = {}, []
     for method, group in sorted_by(runs, lambda run: run.field("method")).items():
         grid = np.full((len(scales), len(rates)), np.nan)
-        cells = sorted_by(group, lambda run: (run.field("adapter.alpha"), run.field("optimizer.learning_rate")))
-        for (alpha, rate), members in cells.items():
-            index = scales.index(alpha / members[0].field("adapter.rank")), rates.index(rate)
-            grid[index] = np.mean([run.loss for run in members])
+        cells = sorted_by(group, lambda run: (scale(run), run.field("optimizer.learning_rate")))
+        for (s, rate), members in cells.items():
+            grid[scales.index(s), rates.index(rate)] = np.mean([run.loss for run in members])
         if np.isnan(grid).any():
             raise SystemExit(f"{method} must have a run at every learning rate and scale")
         maps[method] = grid
@@ -78,7 +83,7 @@ def main() -> None:
         ]
         for row in rows
     ]
-    write("sensitivity", rows, environments, table, draw(maps, rates, scales))
+    write("sensitivity", rows, environments, table, draw(maps, rates, scales), folder=options.output)
 
 
 if __name__ == "__main__":

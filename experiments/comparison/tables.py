@@ -1,5 +1,6 @@
-"""Where the studies of this folder leave their outcome: NAME.json, NAME.md (a table) and NAME.png beside them."""
+"""What the studies of this folder read, and where they leave NAME.json, NAME.md (a table) and NAME.png."""
 
+import argparse
 import json
 import re
 import statistics
@@ -12,7 +13,23 @@ from balora_jax.training.records import Record
 HERE = Path(__file__).parent
 
 
-def write(name: str, rows: list[Record], environments: list[Record], table: Sequence[Sequence[str]], figure) -> None:
+def arguments(description: str) -> argparse.Namespace:
+    """Reads the command line: `runs`, the run directories, and `output`, a folder, by default this one."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of balora-jax run")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder that gets the files")
+    return parser.parse_args()
+
+
+def write(
+    name: str,
+    rows: list[Record],
+    environments: list[Record],
+    table: Sequence[Sequence[str]],
+    figure,
+    *,
+    folder: Path = HERE,
+) -> None:
     """Writes rows with the environments of their runs, the table, and the figure; prints the table.
 
     Args:
@@ -21,16 +38,18 @@ def write(name: str, rows: list[Record], environments: list[Record], table: Sequ
         environments: of the runs.
         table: cells, the header first.
         figure: of matplotlib.
+        folder: where they go; is made if it does not exist.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     for environment in environments:
         environment["command"] = re.sub(r" --output \S+", "", environment["command"])
     record = {"environments": environments, "rows": rows}
-    (HERE / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     lines = [f"| {' | '.join(cells)} |" for cells in table]
     lines.insert(1, "|" + "---|" * len(table[0]))
-    (HERE / f"{name}.md").write_text("\n".join(lines) + "\n")
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    figure.savefig(HERE / f"{name}.png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight", metadata={"Software": None})
 
 
 def summary(cell: Cell, difference: Difference | None) -> Record:
@@ -41,7 +60,7 @@ def summary(cell: Cell, difference: Difference | None) -> Record:
         "on_edge": list(cell.on_edge),
         "seeds": sorted(cell.runs),
         "evaluation_loss": spread(cell.losses),
-        "accuracy": spread([result["accuracy"] for result in results]),
+        "accuracy": None if None in (found := [result["accuracy"] for result in results]) else spread(found),
         "runs": cell.searched[0],
         "diverged": cell.searched[1],
     }

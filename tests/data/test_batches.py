@@ -1,5 +1,7 @@
 """Laying examples out into rows, and the order in which they are drawn."""
 
+import itertools
+
 import datasets
 import numpy as np
 import pytest
@@ -54,6 +56,22 @@ def test_too_long_examples_are_counted_not_cut():
     assert encoded.kept == [0]
     with pytest.raises(ValueError, match="max_length must leave at least one example, got 4"):
         encode(data, TOKENIZER, max_length=4)
+
+
+@pytest.mark.parametrize("length", [6, 7, 20])
+def test_bare_texts_are_cut_and_every_token_is_learned_once(length):
+    texts = ["abcdefghijklm", "ab", "abcde"]
+    data = datasets.Dataset.from_dict({"prompt": ["", "", ""], "answer": texts})
+    encoded = encode(data, TOKENIZER, max_length=length)
+    assert max(map(len, encoded.tokens)) <= length
+    assert not any(learned[0] for learned in encoded.learned)
+    for index, text in enumerate(texts):
+        pieces = [k for k, owner in enumerate(encoded.kept) if owner == index]
+        learned = np.concatenate([encoded.tokens[k][encoded.learned[k]] for k in pieces])
+        assert TOKENIZER.decode(learned.tolist()) == text
+        assert learned[-1] == TOKENIZER.eos_id
+        for before, after in itertools.pairwise(pieces):
+            assert encoded.tokens[before][-1] == encoded.tokens[after][0]
 
 
 def numbered(count):

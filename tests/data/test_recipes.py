@@ -78,7 +78,8 @@ def test_published_files_by_the_same_name(mathematics):
 FIRST = {
     "alpaca": conversation(("user", "Name 2 colours.\n\nwarm ones"), ("assistant", "colour 2")),
     "codefeedback": conversation(("user", "write 2"), ("assistant", "print(2)")),
-    "openhermes": conversation(
+    "openhermes": conversation(("user", "hello 3\n\nand?"), ("assistant", "bye 3")),
+    "openhermes_v2": conversation(
         ("system", "be kind"), ("user", "hello 2"), ("assistant", "hi"), ("user", "and?"), ("assistant", "bye 2")
     ),
     "openorca": conversation(("system", "think"), ("user", "why 3?"), ("assistant", "so 3")),
@@ -96,7 +97,7 @@ def test_instruction_sets_are_conversations(name, tmp_path):
     everyone = [*splits.train["messages"], *splits.evaluation["messages"]]
     assert FIRST[name] in everyone
     assert by_module(splits.train) == {recipe: len(splits.train)}
-    unusable = {"alpaca": 1, "openhermes": 2}.get(name, 0)
+    unusable = {"alpaca": 1, "openhermes_v2": 2}.get(name, 0)
     assert splits.left_out == ({"without a question or an answer": unusable} if unusable else {})
     assert len(everyone) == 20 - unusable
     asked = [[turn["content"] for turn in messages if turn["role"] != "assistant"] for messages in everyone]
@@ -135,6 +136,17 @@ def test_wikitext_is_lines(tmp_path):
     assert set(splits.train["prompt"]) == {""}
     assert sorted(splits.evaluation["answer"]) == ["= Heading ="] * 3 + [f"line {i} of a page" for i in (2, 5, 8)]
     assert list(splits.train["answer"]).count("= Heading =") == 10, "headings recur"
+    assert splits.score is None
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("text", "document 4"), ("arxiv", "we show 4 .\nthe proof is simple .")]
+)
+def test_documents_are_learned_whole(name, expected, tmp_path):
+    splits = read(name, write(tmp_path / "x.parquet", rows(getattr(published, name), 12)), eval_examples=3)
+    assert splits.left_out == {"without a question or an answer": 1}
+    assert expected in [*splits.train["answer"], *splits.evaluation["answer"]]
+    assert set(splits.train["prompt"]) == set(splits.evaluation["prompt"]) == {""}
     assert splits.score is None
 
 
@@ -253,6 +265,7 @@ def test_work_is_done_once(tmp_path, cache, monkeypatch):
         ({"recipe": "mathmatics"}, ValueError, "did you mean 'mathematics'"),
         ({"recipe": "mathematics", "path": None}, ValueError, "must be numbers where examples are generated"),
         ({"recipe": "dm_mathematics", "path": None}, ValueError, "data.path must be the folder"),
+        ({"recipe": "text", "path": None}, ValueError, "data.path must be a file or a folder"),
         ({"path": "nowhere"}, FileNotFoundError, "there is no file or folder nowhere"),
         ({"path": "text.txt"}, ValueError, r"data.path must be of one of the types .parquet, .*text\.txt"),
         ({"path": "empty"}, FileNotFoundError, "must hold files of the types .* it holds notes.md"),
@@ -303,7 +316,7 @@ def test_hub_out_of_reach_is_said(monkeypatch):
         load(DataSettings(recipe="gsm8k"))
 
 
-@pytest.mark.parametrize("recipe", sorted(set(recipes.RECIPES) - {"mathematics", "dm_mathematics"}))
+@pytest.mark.parametrize("recipe", sorted(set(recipes.RECIPES) - {"mathematics", "dm_mathematics", "text"}))
 def test_recipes_without_a_path_ask_the_hub(recipe, monkeypatch):
     asked = []
 

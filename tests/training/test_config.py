@@ -86,6 +86,8 @@ def test_an_override_picks_the_mappings_that_hold_its_value():
     ]
     _, remaining, _ = apply_overrides(BASE, sweep, ["--method", "olora"])
     assert remaining == [{"optimizer.learning_rate": (r,), "seed": (s,)} for r in (0.01, 0.02) for s in (0, 1)]
+    _, remaining, _ = apply_overrides(BASE, sweep, ["--method", "olora", "--seed", "7"])
+    assert remaining == [{"optimizer.learning_rate": (rate,)} for rate in (0.01, 0.02)], "also beside another value"
     _, remaining, _ = apply_overrides(BASE, sweep, ["--optimizer.learning-rate", "0.5"])
     assert [choice["method"] for choice in remaining] == [("lora",)] * 2 + [("dora",)] * 2 + [("olora",)] * 2
 

@@ -112,6 +112,14 @@ def test_nothing_is_predicted_across_texts_of_a_row(qwen, files):
     assert arrays["loss_mask"][(arrays["positions"] > 0)].all()
 
 
+def test_a_text_that_is_cut_is_not_left_out(qwen, files):
+    whole, _, _ = load_data(settings(files, "wikitext"), qwen)
+    cut, examples, left_out = load_data(settings(files, "wikitext", length=5), qwen)
+    assert left_out == {}
+    assert cut["loss_mask"].sum() == whole["loss_mask"].sum()
+    assert examples.arrays["tokens"].shape[1] == 5
+
+
 def test_conversations_need_a_chat_template(config, files):
     with pytest.raises(ConfigError, match="has no chat template, which a data set of conversations needs"):
         load_data(settings(files, "alpaca"), config.model.path)

@@ -19,6 +19,7 @@ from rich.console import Console
 from balora_jax.cli import main
 from balora_jax.training import ConfigError, RunError, run
 from balora_jax.training.config import expand
+from balora_jax.training.figures import elapsed_seconds
 from balora_jax.training.records import RunDirectory
 from balora_jax.training.run import sort_into_populations
 
@@ -62,6 +63,17 @@ def test_run_leaves_a_complete_record(finished, config):
     for method in ("lora", "balora"):
         assert sorted(os.listdir(folder / "checkpoints" / method)) == ["4", "6"]
     assert [row["population"] for row in rows] == ["lora", "balora"]
+
+
+def test_time_is_that_of_the_steps(tmp_path):
+    directory = RunDirectory(tmp_path / "run", {})
+    shared = {"kind": "train", "population": "lora"}
+    directory.append({**shared, "member": "a", "step": 1 + i} | seconds for i, seconds in enumerate(
+        ({}, {"seconds": 2.0}, {"seconds": 4.0}, {"seconds": 12.0})))  # fmt: skip
+    directory.append({**shared, "member": "b", "step": 1 + i} for i in range(4))
+    assert elapsed_seconds(directory, "lora", 2) == [0, 2, 3, 5, 11], "the first step counts as the median one"
+    assert elapsed_seconds(directory, "dora", 2) == []
+    directory.close()
 
 
 def test_rows_are_the_best_cells(finished):

@@ -19,6 +19,10 @@ def codefeedback(i):
 
 
 def openhermes(i):
+    return {"instruction": f"hello {i}", "input": "and?" if i % 2 else "", "output": f"bye {i}", "category": None}
+
+
+def openhermes_v2(i):
     turns = [("system", "be kind"), ("human", f"hello {i}"), ("gpt", "hi"), ("human", "and?"), ("gpt", f"bye {i}")]
     turns = turns[1:] if i % 2 else turns
     turns = {1: turns[:1], 4: turns[2:]}.get(i, turns)  # no answer, and an answer without a question
@@ -56,6 +60,14 @@ def gsm8k(i):
 
 def wikitext(i):
     return {"text": ("", " = Heading = \n", f" line {i} of a page \n")[i % 3]}
+
+
+def text(i):
+    return {"text": f"document {i}" if i else None, "url": f"https://example.org/{i}"}
+
+
+def arxiv(i):
+    return {"article": f"we show {i} .\nthe proof is simple ." if i else "", "abstract": f"on {i}"}
 
 
 def arc(i):
