@@ -42,7 +42,7 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 LEAST_RATES = {
     "full": 3e-4,
     "olora": 1e-4,
-    "balora_olora": 1e-4,
+    "balora_olora": 3e-4,
     "rslora": 3e-4,
     "lora_plus": 3e-4,
     "pissa": 3e-4,
