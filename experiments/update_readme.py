@@ -1,9 +1,9 @@
-"""Writes the recorded results into the README, between the markers `<!-- results: NAME -->` and `<!-- end -->`.
+"""Writes recorded results into the READMEs, here and beside, between `<!-- results: NAME -->` and `<!-- end -->`.
 
     python experiments/update_readme.py [--check]
 
 NAME is a folder beside this script with a `results.json`, a file `NAME.md` in such a folder (`comparison/methods`), or
-a file `benchmarks/recorded/NAME.md`. With `--check` nothing is written, and the exit code is 1 if the README does not
+a file `benchmarks/recorded/NAME.md`. With `--check` nothing is written, and the exit code is 1 if a README does not
 show what is recorded.
 """
 
@@ -48,18 +48,20 @@ def markdown(folder: Path) -> str:
 
 
 def main() -> int:
-    """Writes or checks the README; returns the exit code."""
-    old = README.read_text()
-    new, tables = re.subn(
-        r"(<!-- results: ([\w/-]+) -->\n).*?(<!-- end -->)",
-        lambda match: f"{match[1]}{recorded(match[2])}\n{match[3]}",
-        old,
-        flags=re.DOTALL,
-    )
-    if "--check" in sys.argv[1:]:
-        return int(new != old or not tables)
-    README.write_text(new)
-    return 0
+    """Writes or checks the pages; returns the exit code."""
+    stale = 0
+    for page in (README, *sorted(HERE.glob("*/README.md"))):
+        old = page.read_text()
+        new = re.sub(
+            r"(<!-- results: ([\w/-]+) -->\n).*?(<!-- end -->)",
+            lambda match: f"{match[1]}{recorded(match[2])}\n{match[3]}",
+            old,
+            flags=re.DOTALL,
+        )
+        stale += new != old
+        if "--check" not in sys.argv[1:]:
+            page.write_text(new)
+    return int("--check" in sys.argv[1:] and (stale > 0 or "<!-- results: " not in README.read_text()))
 
 
 if __name__ == "__main__":
