@@ -121,14 +121,3 @@ def test_readme_example_of_the_geometry_prints_what_it_says(capsys):
 def test_experiment_finds_what_it_imports(file, monkeypatch):
     monkeypatch.syspath_prepend(file.parent)
     assert callable(runpy.run_path(str(file))["main"])
-
-
-def test_benchmark_of_published_shapes_measures():
-    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "published_shapes.py"))
-    flags = "--layers 1 --hidden 16 --intermediate 24 --heads 2 --kv-heads 1 --head-dim 8 --vocab 64 --batch 2 "
-    row = benchmark["measure"](benchmark["parse"]([*flags.split(), "--length", "8", "--repeats", "2"]), "balora", 2)
-    base = 64 * 16 + 16 * (16 + 8 + 8 + 16) + 3 * 16 * 24  # embedding, attention, MLP
-    assert row["n"] == 2
-    assert row["compiler_bytes"] > 2 * base
-    assert row["tokens_per_second"] == 16 / row["seconds"] > 0
-    assert abs(row["loss"] - np.log(64)) < 1, "as good as a guess"
