@@ -7,11 +7,12 @@ with LoRA's at LoRA's own best rate, seed by seed. Times of a step are those of 
 
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from tables import HERE, best_text, difference_text, loss_text, summary, write
+from tables import HERE, best_text, difference_text, loss_text, recorded, summary, write, write_table
 
 from balora_jax.training.comparison import Cell, best_cell, compare, load_runs, sorted_by
 
@@ -22,6 +23,12 @@ SHOWN = 8
 def step_times() -> dict[str, dict]:
     """The recorded times and memory of a step of every method, by its name."""
     return {row["method"]: row for row in json.loads(TIMES.read_text())["rows"]} if TIMES.exists() else {}
+
+
+def unbalanced(name: str, cells: Collection[str]) -> str | None:
+    """The method that a balanced one is without balancing."""
+    names = "lora" + name.removeprefix("balora"), name.removeprefix("balora_")
+    return next((other for other in names if name.startswith("balora") and other in cells), None)
 
 
 def draw(cells: dict[str, Cell], times: dict[str, dict]):
@@ -61,6 +68,8 @@ def main() -> None:
         row |= summary(cell, None if reference is None else compare(cell, reference))
         row |= {key: first.result[key] for key in ("trained_parameters", "state_bytes")}
         row["step"] = times.get(name)
+        if (partner := unbalanced(name, cells)) is not None:
+            row["balancing"] = {"of": partner, **recorded(compare(cell, cells[partner]))}
         rows.append(row)
     table = [
         [
@@ -73,7 +82,7 @@ def main() -> None:
             row["method"],
             best_text(row).removeprefix("learning rate "),
             loss_text(row),
-            difference_text(row),
+            difference_text(row.get("difference")),
             f"{100 * row['accuracy']['mean']:.1f} ± {100 * row['accuracy']['std']:.1f} %",
             f"{row['step']['milliseconds']:.1f}" if row["step"] else "-",
             f"{row['state_bytes'] / 1e3:.0f}",
@@ -83,6 +92,9 @@ def main() -> None:
     ]
     table += [[name, "every rate diverged", *["-"] * 6] for name, cell in chosen.items() if cell is None]
     write("methods", rows, environments, table, draw(cells, times))
+    pairs = [(row["method"], row["balancing"]) for row in rows if "balancing" in row]
+    head = ["balanced", "and not", "difference of the losses, same seed: lower in"]
+    write_table("balancing", [head, *([name, found["of"], difference_text(found)] for name, found in pairs)])
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def main() -> None:
             row["method"],
             best_text(row).removeprefix("learning rate "),
             loss_text(row),
-            difference_text(row),
+            difference_text(row.get("difference")),
             f"{100 * row['accuracy']['mean']:.1f} %" if row["accuracy"] else "-",
         ]
         for row in rows

@@ -45,11 +45,16 @@ def write(
         environment["command"] = re.sub(r" --output \S+", "", environment["command"])
     record = {"environments": environments, "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_table(name, table, folder=folder)
+    figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+
+
+def write_table(name: str, table: Sequence[Sequence[str]], *, folder: Path = HERE) -> None:
+    """Writes and prints a table alone; arguments as for `write`."""
     lines = [f"| {' | '.join(cells)} |" for cells in table]
     lines.insert(1, "|" + "---|" * len(table[0]))
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight", metadata={"Software": None})
 
 
 def summary(cell: Cell, difference: Difference | None) -> Record:
@@ -65,8 +70,13 @@ def summary(cell: Cell, difference: Difference | None) -> Record:
         "diverged": cell.searched[1],
     }
     if difference is not None:
-        row["difference"] = difference.__dict__ | {"verdict": difference.verdict}
+        row["difference"] = recorded(difference)
     return row
+
+
+def recorded(difference: Difference) -> Record:
+    """Returns a difference as it is recorded."""
+    return difference.__dict__ | {"verdict": difference.verdict}
 
 
 def spread(values: Sequence[float]) -> Record:
@@ -79,11 +89,10 @@ def loss_text(row: Record) -> str:
     return f"{row['evaluation_loss']['mean']:.4f} ± {row['evaluation_loss']['std']:.4f}"
 
 
-def difference_text(row: Record) -> str:
-    """The difference from LoRA with its interval, and in how many seeds the loss is lower."""
-    if "difference" not in row:
+def difference_text(difference: Record | None) -> str:
+    """A recorded difference with its interval, and in how many seeds the loss is lower."""
+    if difference is None:
         return "-"
-    difference = row["difference"]
     return (
         f"{difference['mean']:+.4f} ± {difference['half_width']:.4f}, {difference['better']} of {difference['n']}: "
         f"{difference['verdict']}"
