@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from balora_jax.adapters.adalora import AdaLoRALinear
 from balora_jax.adapters.dora import DoRALinear
 from balora_jax.adapters.lora import LoRALinear, Scaling
 from balora_jax.adapters.model import add_adapters, iter_adapters
 from balora_jax.adapters.peft import TENSOR_FILE, LowRank, PeftAdapter, from_modules, tensor_name
 from balora_jax.models import Decoder
+
+_LOW_RANK = LoRALinear, DoRALinear, AdaLoRALinear
 
 
 def export_adapters(model: Decoder, *, scaling: Scaling = "lora", base: str | None = None) -> PeftAdapter:
@@ -23,7 +26,7 @@ def export_adapters(model: Decoder, *, scaling: Scaling = "lora", base: str | No
     LoRA with the factors `P diag(E)` and Q.
 
     Args:
-        model: a decoder with adapters that are low-rank pairs (`LoRALinear` and what derives from it).
+        model: a decoder with `LoRALinear`, `DoRALinear` or `AdaLoRALinear` adapters.
         scaling: the convention in which the scale is written, see `from_modules`.
         base: name or folder of the base model.
 
@@ -36,7 +39,7 @@ def export_adapters(model: Decoder, *, scaling: Scaling = "lora", base: str | No
     modules: dict[str, LowRank] = {}
     dropout = 0.0
     for path, adapter in iter_adapters(model):
-        if not isinstance(adapter, LoRALinear):
+        if not isinstance(adapter, LoRALinear) or type(adapter) not in _LOW_RANK:
             raise ValueError(
                 f"{path}: {type(adapter).__name__} has no form in PEFT; merge it into the base with "
                 f"remove_adapters(model, merge=True) instead"

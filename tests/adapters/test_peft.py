@@ -10,9 +10,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from balora_jax.adapters import (
+    ADALORA,
     LORA,
     PISSA,
+    AdaLoRALinear,
     DoRALinear,
+    FullLinear,
     LoRALinear,
     LowRank,
     PeftAdapter,
@@ -249,6 +252,15 @@ def test_broken_files_are_refused(folder):
         read_peft(folder)
 
 
+def test_adalora_is_lora_of_its_product():
+    model = adapted(targets=["down_proj"], layer=AdaLoRALinear, initialisation=ADALORA)
+    modules = export_adapters(model).modules()
+    ((_, adapter),) = iter_adapters(model)
+    for layer, update in enumerate(np.asarray(adapter.weight_update())):
+        pair = modules[f"model.layers.{layer}.mlp.down_proj"]
+        np.testing.assert_allclose(pair.scale * pair.lora_a @ pair.lora_b, update, atol=1e-5)
+
+
 def test_models_that_do_not_suit_are_refused():
     with pytest.raises(ValueError, match="model must have adapters, found none"):
         export_adapters(decoder())
@@ -259,8 +271,9 @@ def test_models_that_do_not_suit_are_refused():
     class Other(LoRALinear):
         pass
 
-    with pytest.raises(ValueError, match=r"layers.mlp.down_proj: Other has no form in PEFT; merge it"):
-        export_adapters(adapted(targets=["down_proj"], layer=Other))
+    for layer in (Other, FullLinear):
+        with pytest.raises(ValueError, match=f"layers.mlp.down_proj: {layer.__name__} has no form in PEFT; merge it"):
+            export_adapters(adapted(targets=["down_proj"], layer=layer))
     mixed = {
         "a": LowRank(np.ones((2, 1)), np.ones((1, 2)), 1.0, np.ones(2)),
         "b": LowRank(np.ones((2, 1)), np.ones((1, 2)), 1.0),
