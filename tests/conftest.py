@@ -1,5 +1,6 @@
 """What all tests share: compiled programs are kept for the length of a session, also across processes."""
 
+import gc
 import os
 import tempfile
 
@@ -14,6 +15,14 @@ import pymanopt.manifolds  # noqa: F401
 import pytest
 
 jax.config.update("jax_enable_x64", False)  # importing pymanopt turns it on, for all tests of the process
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs():
+    """Thousands of programs in one process take gigabytes, and more memory maps than Linux allows: it would crash."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
