@@ -249,7 +249,7 @@ def extreme_eigenvalues(
     diagonal, beside = decomposition.J_small
     # an invariant subspace was found where a number beside the diagonal vanishes; what follows is made of rounding
     size = jnp.abs(diagonal).max() + jnp.abs(beside).max(initial=0)
-    ended = jnp.cumsum(jnp.abs(beside) <= 16 * jnp.finfo(flat.dtype).eps * size) > 0
+    ended = jnp.cumsum(jnp.abs(beside) <= 64 * jnp.finfo(flat.dtype).eps * size) > 0
     alive = jnp.concatenate([jnp.ones(1, bool), ~ended])
     kept = jnp.where(ended, 0, beside)
     tridiagonal = jnp.diag(jnp.where(alive, diagonal, 4 * size)) + jnp.diag(kept, 1) + jnp.diag(kept, -1)
