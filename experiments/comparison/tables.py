@@ -42,11 +42,16 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     for environment in environments:
-        environment["command"] = re.sub(r" --output \S+", "", environment["command"])
+        environment["command"] = re.sub(r" --output \S+| \S+/(?=configs/)", _shortened, environment["command"])
     record = {"environments": environments, "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     write_table(name, table, folder=folder)
     figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+
+
+def _shortened(match: re.Match) -> str:
+    """What a record keeps of where the files lay: nothing."""
+    return "" if "--output" in match[0] else " "
 
 
 def write_table(name: str, table: Sequence[Sequence[str]], *, folder: Path = HERE) -> None:
