@@ -41,12 +41,12 @@ config = Config(
 )
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-LEAST_RATES = {"olora": 1e-4}
 
 
 def rates(method: str, rank: int) -> tuple[float, ...]:
-    """Four learning rates; they begin lower where the rank is high, and for OLoRA."""
-    first = RATES.index(LEAST_RATES.get(method, 3e-4 if rank > 64 else 1e-3))
+    """Four learning rates; they begin lower where the rank is high, for LoRA-RITE sooner, and for OLoRA always."""
+    high = rank >= (32 if method == "lora_rite" else 64)
+    first = RATES.index(1e-4 if method == "olora" else 3e-4 if high else 1e-3)
     return RATES[first : first + 4]
 
 
