@@ -1,15 +1,12 @@
 """The figures and promises of the projection that rest on how stacks of pairs go through it."""
 
-import subprocess
-import sys
-import textwrap
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from oracles import gap, hyper_balanced
+from processes import run_alone
 
 from balora_jax import ROUTES, balance, balance_pair, balance_pairs, balora, balora_project, stacks
 
@@ -356,14 +353,6 @@ def test_the_iteration_is_what_accelerators_run():
     iterative = jax.jit(lambda a, b: balance(a, b, route="iterative")).trace(*gaussian(30, 4, 20))
     loops = [text.count("stablehlo.while") for text in (cuda, iterative.lower(lowering_platforms=("cuda",)).as_text())]
     assert loops[0] == loops[1] > cpu.count("stablehlo.while")
-
-
-def run_alone(program, flags="", timeout=240):
-    """Runs a program in a process of its own; a deadlock ends in `TimeoutExpired`."""
-    text = f"import os\nos.environ['XLA_FLAGS'] = {flags!r}\n" + textwrap.dedent(program)
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 def test_three_groups_in_a_users_program_do_not_deadlock():

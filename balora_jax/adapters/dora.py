@@ -8,6 +8,7 @@ from flax import nnx
 
 from balora_jax.adapters.lora import LoRALinear
 from balora_jax.gauge import matmul
+from balora_jax.rematerialisation import keep
 
 
 class DoRALinear(LoRALinear):
@@ -51,7 +52,7 @@ class DoRALinear(LoRALinear):
 
     def _factors(self) -> jax.Array:
         """`m_j / ||V_j||`; 1 for a column that is zero."""
-        norms = jax.lax.stop_gradient(self._column_norms())
+        norms = keep(jax.lax.stop_gradient(self._column_norms()))
         return jnp.where(norms > 0, self.magnitude[...] / jnp.where(norms > 0, norms, 1), 1)
 
     def _column_norms(self) -> jax.Array:

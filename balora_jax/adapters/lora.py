@@ -126,9 +126,11 @@ class LoRALinear(Adapter):
         update = self._product_with(dropped, *self.update_factors(), dtype)
         if self.offset_a is not None and self.offset_b is not None:
             update = update - self._product_with(x, self.offset_a[...], self.offset_b[...], dtype)
-        return self.scale[...].astype(dtype) * update
+        return update
 
     def _product_with(self, x, lora_a, lora_b, dtype):
+        # scaling the factor, and not the output, spares a pass over the output in each direction
+        lora_b = self.scale[...] * lora_b
         return self.contraction.low_rank(x.astype(dtype), lora_a.astype(dtype), lora_b.astype(dtype))
 
     def update_factors(self) -> Factors:

@@ -1,52 +1,110 @@
 """The cross-entropy of a decoder's tokens, without the logits of all of them at once."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.custom_derivatives import SymbolicZero
 
 from balora_jax.models.decoder import Decoder, head_logits
 
-LOGITS_AT_ONCE = 2**26
-"""Logits that are worth computing at once: 256 MiB, some hundred tokens of the largest vocabularies."""
+_LOGITS_AT_ONCE = {"cpu": 2**20}
+"""Logits that are worth computing at once on a backend: 4 MiB, which a CPU's cache holds; on others 2^26 or 256 MiB, of
+some hundred tokens of the largest vocabularies."""
 
 
 def token_cross_entropy(
-    model: Decoder, hidden: jax.Array, labels: jax.Array, *, logits_at_once: int = LOGITS_AT_ONCE
+    model: Decoder, hidden: jax.Array, labels: jax.Array, *, logits_at_once: int | None = None
 ) -> jax.Array:
     """Returns the cross-entropy (nats) of every label, `(rows, length)`.
 
-    If there are more than `logits_at_once` logits, the length is cut into pieces, one after the other; the backward
-    pass computes the logits of a piece again. The rows stay together, so that they may be sharded.
+    If there are more than `logits_at_once` logits, the length is cut into pieces, one after the other. The rows stay
+    together, so that they may be sharded.
 
     Args:
         model: whose head maps hidden states to logits.
         hidden: `(rows, length, hidden_size)`, of `model.hidden_states`.
         labels: `(rows, length)` int, the token to be predicted from each.
-        logits_at_once: about how many logits, or `rows * vocab_size` if that is more, are held at once.
+        logits_at_once: about how many logits, or `rows * vocab_size` if that is more, are held at once; by default as
+            the backend likes it.
 
     Notes:
-        In pieces it costs one more product with the head in the backward pass; in one piece, nothing.
+        With a frozen head the derivative by the hidden states is computed in the forward pass, while the logits of a
+        piece are there: it costs the two products with the head that it must. If the head is differentiated too,
+        the backward pass computes the logits of each piece again.
     """
+    if logits_at_once is None:
+        logits_at_once = _LOGITS_AT_ONCE.get(jax.default_backend(), 2**26)
     rows, length = labels.shape
     width = max(1, min(length, logits_at_once // (rows * model.config.vocab_size)))
-    if width == length:
-        return _losses(model.head, hidden, labels)
-    count = -(-length // width)
-    width = -(-length // count)
+    width = -(-length // -(-length // width))
+    if jax.tree.leaves(nnx.state(model.head, nnx.RngState)):
+        return _losses(model.head, width, hidden, labels)
+    return _pure_losses(*nnx.split(model.head), width, hidden, labels)
 
-    def pieces(x: jax.Array) -> jax.Array:
-        padding = [(0, 0), (0, count * width - length), *[(0, 0)] * (x.ndim - 2)]
-        return jnp.moveaxis(jnp.pad(x, padding).reshape(rows, count, width, *x.shape[2:]), 1, 0)
 
-    # the head may hold random streams, if it has an adapter with dropout; the rest of it is the same for all pieces
+def _losses(head: nnx.Module, width: int, hidden: jax.Array, labels: jax.Array) -> jax.Array:
+    """The losses; for derivatives by everything, and of a head with random streams (an adapter with dropout)."""
+    # the streams go on from piece to piece; the rest of the head is the same for all
     axes: dict[Any, Any] = {nnx.RngState: nnx.Carry, ...: None}
-    scan = nnx.scan(nnx.remat(_losses), in_axes=(nnx.StateAxes(axes), 0, 0), out_axes=0)
-    losses = scan(model.head, pieces(hidden), pieces(labels))
-    return jnp.moveaxis(losses, 0, 1).reshape(rows, -1)[:, :length]
+    scan = nnx.scan(nnx.remat(_piece), in_axes=(nnx.StateAxes(axes), 0, 0), out_axes=0)
+    return _joined(scan(head, _cut(hidden, width), _cut(labels, width)), labels.shape[1])
 
 
-def _losses(head: nnx.Module, hidden: jax.Array, labels: jax.Array) -> jax.Array:
+def _piece(head, hidden, labels):
     return optax.softmax_cross_entropy_with_integer_labels(head_logits(head, hidden), labels)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 2))
+def _pure_losses(graph, state, width, hidden, labels):
+    """The losses as a function of arrays."""
+    return _losses(nnx.merge(graph, state, copy=True), width, hidden, labels)
+
+
+@functools.partial(_pure_losses.defjvp, symbolic_zeros=True)
+def _pure_losses_jvp(graph, width, primals, tangents):
+    state, hidden, labels = primals
+    if all(isinstance(tangent, SymbolicZero) for tangent in jax.tree.leaves(tangents[0])):
+        losses, gradients = _losses_and_gradients(nnx.merge(graph, state, copy=True), width, hidden, labels)
+        return losses, (gradients.astype(jnp.float32) * tangents[1].astype(jnp.float32)).sum(-1)
+
+    def function(state, hidden):
+        return _losses(nnx.merge(graph, state, copy=True), width, hidden, labels)
+
+    given = jax.tree.map(lambda t: jnp.zeros_like(t) if isinstance(t, SymbolicZero) else t, tangents[:2])
+    return jax.jvp(function, (state, hidden), given)
+
+
+def _losses_and_gradients(head, width, hidden, labels):
+    """The losses `(rows, length)`, and the gradient of each by its own hidden state, `(rows, length, hidden_size)`."""
+
+    @jax.checkpoint  # for second derivatives
+    def piece(hidden, labels):
+        logits, backward = jax.vjp(lambda hidden: head_logits(head, hidden), hidden)
+        highest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+        exponentials = jnp.exp(logits - highest)
+        total = exponentials.sum(-1, keepdims=True)
+        of_label = jnp.take_along_axis(logits, labels[..., None], -1)
+        losses = (jnp.log(total) - (of_label - highest))[..., 0]
+        is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
+        return losses, *backward(exponentials / total - is_label)
+
+    _, found = jax.lax.scan(lambda _, x: (None, piece(*x)), None, (_cut(hidden, width), _cut(labels, width)))
+    return tuple(_joined(x, labels.shape[1]) for x in found)
+
+
+def _cut(x: jax.Array, width: int) -> jax.Array:
+    """`(rows, length, ...)` as pieces `(count, rows, width, ...)`, the last filled with zeros."""
+    rows, length = x.shape[:2]
+    count = -(-length // width)
+    padding = [(0, 0), (0, count * width - length), *[(0, 0)] * (x.ndim - 2)]
+    return jnp.moveaxis(jnp.pad(x, padding).reshape(rows, count, width, *x.shape[2:]), 1, 0)
+
+
+def _joined(pieces: jax.Array, length: int) -> jax.Array:
+    """The inverse of `_cut`."""
+    count, rows, width = pieces.shape[:3]
+    return jnp.moveaxis(pieces, 0, 1).reshape(rows, count * width, *pieces.shape[3:])[:, :length]

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_policies
+
+from balora_jax.models.attention import grouped_attention
+from balora_jax.rematerialisation import KEEP_MARKED, KEEP_NOTHING, keep
 
 SIZES = (
     "vocab_size",
@@ -51,7 +53,7 @@ class DecoderConfig:
         tie_word_embeddings: whether the output head is the transposed embedding.
         dtype: dtype of activations and products.
         param_dtype: dtype in which the base weights are stored.
-        remat: whether each block's activations are recomputed in the backward pass.
+        remat: whether the backward pass computes each block again from its input, or keeps the outputs of its products.
     """
 
     vocab_size: int
@@ -107,7 +109,7 @@ class _Tokens(NamedTuple):
     """What a block needs to know of the tokens beside their hidden states."""
 
     rotation: tuple[jax.Array, jax.Array]  # cosines, sines: (batch, length, head_dim)
-    mask: jax.Array  # (batch, 1, length, keys): who may look at whom
+    mask: jax.Array  # (batch, length, keys): who may look at whom
 
 
 def rotary_frequencies(config: DecoderConfig) -> jax.Array:
@@ -150,8 +152,7 @@ class Attention(nnx.Module):
         """Returns the attended `x` and the keys and values: those of `past` with the new ones at `offset`."""
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.config.head_dim)
-        queries, keys = self.q_proj(x).reshape(heads), self.k_proj(x).reshape(heads)
-        values = self.v_proj(x).reshape(heads)
+        queries, keys, values = (keep(layer(x)).reshape(heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
         if self.config.qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys = _rotate(queries, tokens.rotation), _rotate(keys, tokens.rotation)
@@ -160,8 +161,8 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), offset, axis=1)
                 for old, new in zip(past, (keys, values), strict=True)
             )
-        out = jax.nn.dot_product_attention(queries, keys, values, mask=tokens.mask)
-        return self.o_proj(out.reshape(batch, length, -1)), (keys, values)
+        out = grouped_attention(queries, keys, values, tokens.mask, causal=past is None)
+        return self.o_proj(keep(out.reshape(batch, length, -1))), (keys, values)
 
 
 class MLP(nnx.Module):
@@ -180,7 +181,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x):
         """Maps `x (..., hidden_size)` to the same shape."""
-        return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(nnx.silu(keep(self.gate_proj(x))) * keep(self.up_proj(x)))
 
 
 class Block(nnx.Module):
@@ -200,7 +201,7 @@ class Block(nnx.Module):
     def __call__(self, x, tokens: _Tokens, past=None, offset=None):
         """Returns the new residual stream and the keys and values of this block."""
         attended, kept = self.self_attn(self.input_layernorm(x), tokens, past, offset)
-        x = x + attended
+        x = keep(x + attended)
         return x + self.mlp(self.post_attention_layernorm(x)), kept
 
 
@@ -262,14 +263,13 @@ class Decoder(nnx.Module):
             mask &= key_slots[None, None, :] > slots[None, :, None] - self.config.sliding_window
         angles = positions[..., None] * rotary_frequencies(self.config)
         angles = jnp.concatenate([angles, angles], axis=-1)
-        context = _Tokens((jnp.cos(angles), jnp.sin(angles)), mask[:, None])
+        context = _Tokens((jnp.cos(angles), jnp.sin(angles)), mask)
 
         def block(x, layer, past):
             x, kept = layer(x, context, past, offset)
             return x, (kept if past is not None else None)
 
-        if self.config.remat:
-            block = nnx.remat(block, policy=checkpoint_policies.nothing_saveable, prevent_cse=False)
+        block = nnx.remat(block, policy=KEEP_NOTHING if self.config.remat else KEEP_MARKED, prevent_cse=False)
         scan = nnx.scan(block, in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0))
         x, kept = scan(self.embed_tokens(tokens), self.layers, past)
         if cache is not None:

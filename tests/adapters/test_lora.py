@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from processes import run_alone
 
 from balora_jax.adapters import LoRALinear, adapter_scale
 
@@ -308,3 +309,37 @@ def test_rank_is_bounded_by_one_matrix_of_a_stack_and_by_the_product_of_axes():
         adapted(einsum("bed,edf->bef", (9, 6, 4)), rank=5)
     with pytest.raises(ValueError, match="from 1 to 5 for a weight 6 x 5, got 6"):
         LoRALinear(stacked(linear(6, 5), 9), rank=6, rngs=nnx.Rngs(0))
+
+
+def test_sharded_inputs_stay_where_they_are():
+    """In both modes of sharding, along any axes: outputs and the factors' gradients are those of one device."""
+    run_alone(
+        """
+        import jax, jax.numpy as jnp, numpy as np
+        from flax import nnx
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+        from balora_jax.adapters import LoRALinear
+
+        layer = LoRALinear(nnx.Linear(8, 12, rngs=nnx.Rngs(0)), rank=2, rngs=nnx.Rngs(1))
+        layer.lora_b[...] = jnp.ones((2, 12))
+        graph, factors, rest = nnx.split(layer, nnx.LoRAParam, ...)
+        x = jax.random.normal(jax.random.key(0), (4, 6, 8))
+
+        @jax.jit
+        def output_and_gradients(factors, rest, x):
+            output, backward = jax.vjp(lambda factors: nnx.merge(graph, factors, rest, copy=True)(x), factors)
+            return output, backward(jnp.cos(output))
+
+        expected = output_and_gradients(factors, rest, x)
+        for kind in (AxisType.Auto, AxisType.Explicit):
+            mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind, kind))
+            with jax.set_mesh(mesh):
+                for spec in (P("x"), P("x", "y"), P(None, "y"), P("x", None, "y"), P(("x", "y"))):
+                    there = jax.device_put(x, NamedSharding(mesh, spec))
+                    found = output_and_gradients(factors, rest, there)
+                    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+                        np.testing.assert_allclose(one, other, atol=1e-5)
+                    assert found[0].sharding.is_equivalent_to(NamedSharding(mesh, P(*spec[:2])), 3), (kind, spec)
+        """,
+        flags="--xla_force_host_platform_device_count=4",
+    )

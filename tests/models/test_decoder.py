@@ -8,6 +8,7 @@ import pytest
 from decoder_reference import CONFIGS, SIZES, random_decoder, reference_logits
 from flax import nnx
 
+from balora_jax.adapters import add_adapters
 from balora_jax.models import Decoder, DecoderConfig
 from balora_jax.training.evaluation import generate_greedily
 
@@ -153,16 +154,37 @@ def gradient(config, tokens):
 
 
 def test_rematerialisation_changes_no_number():
-    outcomes = []
+    outcomes, policies = [], []
     for remat in (False, True):
         traced, params = gradient(with_layers(2, remat=remat), text(2, 9))
-        assert ("remat" in str(traced.jaxpr)) == remat
+        policies.append("nothing_saveable" in str(traced.jaxpr))
         outcomes.append(traced.lower().compile()(params))
+    assert policies == [False, True]
     (loss, grads), (again, again_grads) = outcomes
     np.testing.assert_allclose(again, loss, rtol=1e-6)
     for (path, grad), (_, other) in zip(nnx.to_flat_state(grads), nnx.to_flat_state(again_grads), strict=True):
         assert np.asarray(grad[...]).any(), path
         np.testing.assert_allclose(other[...], grad[...], rtol=1e-4, atol=1e-6, err_msg=str(path))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_what_the_backward_pass_keeps_of_a_block(remat):
+    """Widths of what is kept per token: the input of a block and the outputs of its products that adapters need."""
+    config = with_layers(3, remat=remat)
+    model = random_decoder(config)
+    add_adapters(model, targets=["gate_proj", "up_proj", "down_proj"], rank=2, rngs=nnx.Rngs(0))
+    graph, adapters, rest = nnx.split(model, nnx.LoRAParam, ...)
+
+    def loss(adapters):
+        return loss_of(nnx.merge(graph, adapters, rest, copy=True), text(11, 13))
+
+    kept = jax.tree.leaves(jax.eval_shape(lambda adapters: jax.vjp(loss, adapters)[1], adapters))
+    widths = [x.size / (3 * 11 * 13) for x in kept if x.ndim > 1 and x.shape[0] == 3 and x.size % (11 * 13) == 0]
+    hidden, inner, keys = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    queries = config.num_attention_heads * config.head_dim
+    assert sorted(widths) == (
+        [hidden] if remat else sorted([hidden, queries, keys, keys, hidden, inner, inner, 2, 2, 2])
+    )
 
 
 @pytest.mark.parametrize("remat", [False, True])

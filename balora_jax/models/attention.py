@@ -1,0 +1,90 @@
+"""Softmax attention of grouped heads, in blocks of queries and without keeping its weights."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+MOST_BLOCKS = 8
+"""Blocks of queries at the most: with as many, 9/16 of the scores are computed, and half of them must be."""
+
+_LEAST_WIDTH = {"cpu": 64}
+"""Queries that a block must have on a backend to keep it busy; 512 on others, where a small kernel costs a launch."""
+
+_PRODUCTS = {
+    jnp.dtype("bfloat16"): jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
+    jnp.dtype("float16"): jax.lax.DotAlgorithmPreset.F16_F16_F32,
+}
+"""Products that take half precision and give float32, in the backward pass too."""
+
+
+def grouped_attention(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, *, causal: bool, width: int | None = None
+) -> jax.Array:
+    """Returns `softmax(q k^T / sqrt(head_dim)) v` for every head.
+
+    Args:
+        queries: `(batch, length, heads, head_dim)`.
+        keys: `(batch, keys, kv_heads, head_dim)`; query head h sees key head `h // (heads / kv_heads)`.
+        values: like `keys`.
+        mask: `(batch, length, keys)` bool, which query may look at which key; each at one at least.
+        causal: a promise that the mask lets no query look behind its own index, so that half of the scores need not be
+            computed.
+        width: queries in a block; by default as the backend likes it. Without `causal` there is a single block.
+
+    Returns:
+        `(batch, length, heads, head_dim)` in the dtype of the values.
+
+    Notes:
+        Scores are float32. The backward pass keeps queries, keys and values alone and computes the scores again: one
+        product in seven, for memory that grows with the length and not with its square. In plain JAX, so that it has
+        derivatives of both modes and of any order.
+    """
+    batch, length, heads, head_dim = queries.shape
+    kv_heads = keys.shape[2]
+    # (batch, kv_heads, group, length, head_dim): the queries that share a key head are the rows of one matrix
+    queries = queries.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    # (batch, kv_heads, head_dim, keys), behind barriers that their gradients meet too: XLA would make them w^T g, which
+    # takes up to three times as long on CPUs as g^T w
+    keys, values = (jax.lax.optimization_barrier(x.transpose(0, 2, 3, 1)) for x in (keys, values))
+    if not causal:
+        width = length
+    elif width is None:
+        width = _width(length)
+    blocks = [
+        _block(queries, keys, values, mask, start, min(start + width, length), causal)
+        for start in range(0, length, width)
+    ]
+    attended = jnp.concatenate(blocks, axis=3)
+    return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+
+
+def _width(length: int) -> int:
+    """The width of as many equal blocks as there may be."""
+    least = _LEAST_WIDTH.get(jax.default_backend(), 512)
+    return -(-length // max(1, min(MOST_BLOCKS, length // least)))
+
+
+@functools.partial(jax.checkpoint, static_argnums=(4, 5, 6))
+def _block(queries, keys, values, mask, start, end, causal):
+    """The attention of the queries from `start` to `end`; they are cut out in here so that no slice is kept."""
+    seen = slice(0, end if causal else None)
+    queries, mask = queries[..., start:end, :], mask[:, start:end, seen]
+    keys, values = keys[..., seen], values[..., seen]
+    batch, kv_heads, group, length, head_dim = queries.shape
+    # one axis of rows: for several, XLA would transpose the weights in the backward pass
+    rows = queries.reshape(batch, kv_heads, group * length, head_dim)
+    scores = _product("bkth,bkhs->bkts", rows, keys) * head_dim**-0.5
+    scores = scores.reshape(batch, kv_heads, group, length, -1)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min).reshape(*rows.shape[:3], -1)
+    # the maximum cancels, so it has no derivative; dividing after the product saves passes over the weights
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    attended = _product("bkts,bkhs->bkth", weights.astype(values.dtype), values)
+    attended = (attended / weights.sum(axis=-1, keepdims=True)).astype(values.dtype)
+    return attended.reshape(batch, kv_heads, group, length, head_dim)
+
+
+def _product(subscripts, left, right):
+    """The product of two arrays of one dtype, in float32 at least."""
+    wide = jnp.promote_types(left.dtype, jnp.float32)
+    return jnp.einsum(subscripts, left, right, precision=_PRODUCTS.get(left.dtype), preferred_element_type=wide)
