@@ -41,12 +41,13 @@ config = Config(
 )
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+LOWER_FROM = {"olora": (1, 1), "lora_rite": (32, 64)}
+"""Ranks from which on the four rates of a method begin half a decade lower than at 0.001; 64 for all others."""
 
 
 def rates(method: str, rank: int) -> tuple[float, ...]:
-    """Four learning rates; they begin lower where the rank is high, for LoRA-RITE sooner, and for OLoRA always."""
-    high = rank >= (32 if method == "lora_rite" else 64)
-    first = RATES.index(1e-4 if method == "olora" else 3e-4 if high else 1e-3)
+    """Four learning rates, half a decade apart."""
+    first = RATES.index(1e-3) - sum(rank >= lower for lower in LOWER_FROM.get(method, (64,)))
     return RATES[first : first + 4]
 
 
