@@ -84,7 +84,9 @@ def test_config_runs_when_shrunk(file, tmp_path, request, monkeypatch):
         _, picked, _ = apply_overrides(config, sweep, ["--method", "balora"])
         recipe = expand(config, picked)[-1].data.recipe
         files = published_files(recipe, tmp_path)
-        flags += ["--model.path", str(request.getfixturevalue("tiny_qwen")), "--data.path", str(files), *TINY.split()]
+        tiny = str(request.getfixturevalue("tiny_qwen"))
+        flags += ["--model.path", tiny, "--data.path", str(files), *TINY.split()]
+        flags += ["--data.tokenizer", tiny] if config.data.tokenizer else []
     config, sweep, _ = apply_overrides(config, sweep, flags)
     last = expand(config, sweep)[-1]
     assert last.method == "balora"

@@ -32,6 +32,7 @@ class Options:
     Attributes:
         model: a folder, or the name of a model that ships with the package.
         adapter: a PEFT folder.
+        tokenizer: another model's folder or name, whose tokenizer is taken; default the model's own.
         prompt: the texts; default the lines of the standard input.
         max_new_tokens: the longest continuation.
         dtype: of the weights and the arithmetic.
@@ -39,6 +40,7 @@ class Options:
 
     model: Annotated[str, Positional, arg(metavar="MODEL")]
     adapter: Path | None = None
+    tokenizer: str | None = None
     prompt: tuple[str, ...] = ()
     max_new_tokens: int = 64
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -56,8 +58,9 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("the standard input holds no texts")
     with explained("MODEL"):
         folder = model_folder(options.model)
-        tokenizer = load_tokenizer(folder)
         model = load_decoder(folder, dtype=options.dtype, param_dtype=options.dtype)
+    with explained("--tokenizer" if options.tokenizer else "MODEL"):
+        tokenizer = load_tokenizer(folder, options.tokenizer)
     if options.adapter is not None:
         with explained("--adapter"):
             load_adapters(model, read_peft(options.adapter))

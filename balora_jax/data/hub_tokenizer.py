@@ -16,14 +16,15 @@ _DATE = "26 Jul 2024"
 """What templates that state today's date (Llama 3) are told, so that a run does not depend on its day."""
 
 
-def load_tokenizer(model: str | Path) -> Tokenizer:
-    """Returns the tokenizer of a model.
+def load_tokenizer(model: str | Path, source: str | Path | None = None) -> Tokenizer:
+    """Returns the tokenizer of a model, or for a model.
 
     Args:
         model: a model folder, the name of a model that ships with the package, or `owner/model` on the hub.
+        source: another such model whose tokenizer and chat template are taken; or a folder of tokenizer files alone.
 
     Returns:
-        What the folder's `tokenizer.json` says. A folder without this file whose model has as many tokens as
+        What the `tokenizer.json` of the source says. A folder without this file whose model has as many tokens as
         `CharTokenizer` is read character by character.
 
     Raises:
@@ -33,6 +34,8 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
     """
     folder = model_folder(model, weights=False)
     vocab_size = read_config(folder).vocab_size
+    if source is not None:
+        folder = model_folder(source, weights=False)
     if (folder / "tokenizer.json").is_file():
         return HubTokenizer(folder, vocab_size=vocab_size)
     if vocab_size == CharTokenizer.vocab_size:

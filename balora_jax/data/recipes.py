@@ -26,6 +26,8 @@ class DataSettings:
     Attributes:
         recipe: name of the data set, see `RECIPES`.
         path: where the published data lie, see `read_source`; None for the Hub, or to generate.
+        tokenizer: another model's folder or name on the Hub whose tokenizer and chat template are taken, as an instruct
+            model's for its base; None for the model's own.
         modules: parts of the data set to use; empty for all.
         difficulty: difficulties of generated questions, mixed evenly.
         train_examples: largest number of training examples; None for all of a published data set.
@@ -38,6 +40,7 @@ class DataSettings:
 
     recipe: str = "mathematics"
     path: str | None = None
+    tokenizer: str | None = None
     modules: tuple[str, ...] = ()
     difficulty: tuple[int, ...] = (1, 2)
     train_examples: int | None = 10_000

@@ -285,15 +285,15 @@ def load_data(settings: DataSettings, model: str = ModelSettings.path) -> tuple[
 
     Args:
         settings: what to load.
-        model: path or name of the model that gets them, whose tokenizer is used.
+        model: path or name of the model that gets them, whose tokenizer is used if the settings name no other.
 
     Raises:
         ConfigError: the settings, the data or the tokenizer do not do.
     """
     try:
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(model, settings.tokenizer)
     except (FileNotFoundError, ImportError, ValueError) as error:
-        raise ConfigError(f"model.path: {error}") from error
+        raise ConfigError(f"{'data.tokenizer' if settings.tokenizer else 'model.path'}: {error}") from error
     try:
         splits = recipes.load(settings)
         train, held_out = (

@@ -5,13 +5,14 @@ Command:   balora-jax run configs/paper/figure10.py
            a part of it: add --method balora, --optimizer.learning-rate 1e-4 (and --data.path COPY)
            our BaLoRA: --method balora --balance.gauge svd --balance.transport
 Item:      figure 10 of arXiv 2605.31484
-Model:     Qwen/Qwen2.5-3B from the hub, or --model.path FOLDER
+Model:     Qwen/Qwen2.5-3B from the hub, or --model.path FOLDER; the tokenizer is the instruct model's, as the authors',
+           or --data.tokenizer FOLDER
 Data:      Alpaca; 1,000 of its 52,002 rows are held out
 Expected:  BaLoRA is good on a wider range of cells; its best loss is 1.350, LoRA's 1.352 at (3.594e-3, 0.0278)
 Hardware:  one GPU of 80 GB; `balora-jax estimate` prints the memory: the 100 runs of a method are trained together, one
            after the other at each step, and each adds its state, 0.14 GB. Not run here
 Chosen:    one epoch, counted in rows; one seed; the grid is that of table 5, on which the best cells of table 1 lie
-Differs:   as in table1.py: the base's dtype and chat template. BaLoRA is the authors': raw SVD factors, Adam's moments
+Differs:   as in table1.py: the base's dtype. BaLoRA is the authors': raw SVD factors, Adam's moments
            as they are
 """
 
@@ -26,7 +27,14 @@ config = Config(
     model=ModelSettings(path="Qwen/Qwen2.5-3B", dtype="bfloat16", param_dtype="bfloat16", remat=True),
     adapter=AdapterSettings(rank=8, alpha=8.0),
     balance=BalanceSettings(gauge="raw_svd", transport=False),
-    data=DataSettings(recipe="alpaca", train_examples=None, eval_examples=1000, length=1024, packing=False),
+    data=DataSettings(
+        recipe="alpaca",
+        tokenizer="Qwen/Qwen2.5-3B-Instruct",
+        train_examples=None,
+        eval_examples=1000,
+        length=1024,
+        packing=False,
+    ),
     training=TrainingSettings(
         steps=51_002 // 32,
         batch_size=8,

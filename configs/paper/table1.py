@@ -4,7 +4,8 @@ Command:   balora-jax run configs/paper/table1.py
            a part of it: add --data.recipe alpaca, --method balora, --seed 0 (and --data.path COPY of that data set)
            our BaLoRA: --method balora --balance.gauge svd --balance.transport
 Item:      table 1 of arXiv 2605.31484
-Model:     Qwen/Qwen2.5-3B from the hub, or --model.path FOLDER
+Model:     Qwen/Qwen2.5-3B from the hub, or --model.path FOLDER; the tokenizer is the instruct model's, as the authors',
+           or --data.tokenizer FOLDER
 Data:      Alpaca, CodeFeedback, OpenHermes, OpenOrca (400,000 rows), WizardLM; 1,000 rows of each are held out
 Expected:  evaluation loss in the paper:
                Alpaca  CodeFeedback  OpenHermes  OpenOrca  WizardLM
@@ -20,7 +21,6 @@ Hardware:  one GPU; `balora-jax estimate` of the same command prints the memory 
 Chosen:    lora_rite, loro and reflora: their cells are not known, so four rates are tried at A_scaling 1. One epoch,
            counted in rows, as in the authors' configs
 Differs:   the base is bfloat16, the authors load it in float32 (--model.dtype float32 --model.param-dtype float32); the
-           chat template is the base's, theirs the instruct model's (put its tokenizer files beside the weights); the
            held-out rows are the same for all seeds. BaLoRA is theirs: raw SVD factors, Adam's moments as they are.
            Rows are not packed, so that a step has 32 examples as theirs; --data.packing with fewer steps is faster
 """
@@ -34,7 +34,14 @@ config = Config(
     model=ModelSettings(path="Qwen/Qwen2.5-3B", dtype="bfloat16", param_dtype="bfloat16", remat=True),
     adapter=AdapterSettings(rank=8, alpha=8.0),
     balance=BalanceSettings(gauge="raw_svd", transport=False),
-    data=DataSettings(recipe="alpaca", train_examples=None, eval_examples=1000, length=1024, packing=False),
+    data=DataSettings(
+        recipe="alpaca",
+        tokenizer="Qwen/Qwen2.5-3B-Instruct",
+        train_examples=None,
+        eval_examples=1000,
+        length=1024,
+        packing=False,
+    ),
     training=TrainingSettings(
         batch_size=8,
         accumulate=4,

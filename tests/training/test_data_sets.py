@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -123,6 +124,27 @@ def test_a_text_that_is_cut_is_not_left_out(qwen, files):
 def test_conversations_need_a_chat_template(config, files):
     with pytest.raises(ConfigError, match="has no chat template, which a data set of conversations needs"):
         load_data(settings(files, "alpaca"), config.model.path)
+
+
+def test_another_models_tokenizer_can_be_taken(qwen, files, tmp_path):
+    """As an instruct model's, with its chat template, for a base without; its folder need hold nothing else."""
+    base, instruct = tmp_path / "base", tmp_path / "instruct"
+    shutil.copytree(qwen, base)
+    instruct.mkdir()
+    for file in [file for file in base.iterdir() if file.name.startswith(("tokenizer", "chat_template"))]:
+        file.rename(instruct / file.name)
+    with pytest.raises(ConfigError, match=r"model\.path: .*base holds no tokenizer\.json"):
+        load_data(settings(files, "alpaca"), str(base))
+    found, expected = (
+        load_data(settings(files, "alpaca", tokenizer=tokenizer), model)[0]
+        for model, tokenizer in ((str(base), str(instruct)), (qwen, None))
+    )
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: .* has 3[0-9]+ tokens, its model only 98"):
+        load_data(settings(files, "alpaca", tokenizer=str(instruct)))
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: no-such must be a model folder"):
+        load_data(settings(files, "alpaca", tokenizer="no-such"))
 
 
 def test_tokens_are_cached(qwen, files, monkeypatch):
