@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -22,12 +23,12 @@ from balora_jax.models import Decoder
 from balora_jax.models.folders import model_folder
 from balora_jax.models.weights import load_decoder
 from balora_jax.training.config import ConfigError
-from balora_jax.training.evaluation import generate_greedily
+from balora_jax.training.evaluation import generate
 
 
 @dataclass(frozen=True)
 class Options:
-    """Continues texts with the most likely token at each step, all texts at once.
+    """Continues texts token by token, all texts at once.
 
     Attributes:
         model: a folder, or the name of a model that ships with the package.
@@ -35,6 +36,8 @@ class Options:
         tokenizer: another model's folder or name, whose tokenizer is taken; default the model's own.
         prompt: the texts; default the lines of the standard input.
         max_new_tokens: the longest continuation.
+        temperature: 0 takes the most likely token at each step; otherwise tokens are drawn, at 1 as the model has them.
+        seed: of the draws.
         dtype: of the weights and the arithmetic.
     """
 
@@ -43,6 +46,8 @@ class Options:
     tokenizer: str | None = None
     prompt: tuple[str, ...] = ()
     max_new_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -51,6 +56,8 @@ def main(arguments: list[str]) -> int:
     options = parse(Options, arguments, prog="balora-jax generate")
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+    if not 0 <= options.temperature < float("inf"):
+        raise ConfigError(f"--temperature must be at least 0, got {options.temperature}")
     if not options.prompt and sys.stdin.isatty():
         raise ConfigError("give --prompt TEXT ..., or texts on the standard input, one in a line")
     prompts = options.prompt or tuple(line for line in sys.stdin.read().splitlines() if line)
@@ -67,7 +74,14 @@ def main(arguments: list[str]) -> int:
     if isinstance(tokenizer, CharTokenizer):  # its models have learned a space between a question and the answer
         prompts = tuple(f"{prompt.rstrip()} " for prompt in prompts)
     with explained("--prompt"):
-        texts = continuations(model, tokenizer, prompts, max_new_tokens=options.max_new_tokens)
+        texts = continuations(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            key=jax.random.key(options.seed),
+        )
     console = Console(highlight=False, soft_wrap=True, markup=False)
     for prompt, text in zip(prompts, texts, strict=True):
         console.print(prompt, end="", style="dim")
@@ -75,14 +89,24 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def continuations(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
-    """Returns what a model says after each prompt, by greedy generation in one batch.
+def continuations(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    key: jax.Array | None = None,
+) -> list[str]:
+    """Returns what a model says after each prompt, all in one batch.
 
     Args:
         model: with or without adapters.
         tokenizer: the model's.
         prompts: the texts; each begins with the token that begins a text, if there is one.
         max_new_tokens: the longest continuation.
+        temperature: as for `generate`.
+        key: as for `generate`.
 
     Raises:
         ValueError: a prompt has no tokens, or a character that the tokenizer does not know.
@@ -99,13 +123,19 @@ def continuations(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], 
         segment_ids[row, length - len(prompt) :] = 1
 
     @nnx.jit
-    def generate(model):
-        return generate_greedily(
-            model, jnp.asarray(tokens), jnp.asarray(segment_ids), new_tokens=max_new_tokens, eos_id=tokenizer.eos_id
+    def said(model):
+        return generate(
+            model,
+            jnp.asarray(tokens),
+            jnp.asarray(segment_ids),
+            new_tokens=max_new_tokens,
+            eos_id=tokenizer.eos_id,
+            temperature=temperature,
+            key=key,
         )
 
     model.eval()
-    return [_said(tokenizer, *row) for row in zip(encoded, np.asarray(generate(model)).tolist(), strict=True)]
+    return [_said(tokenizer, *row) for row in zip(encoded, np.asarray(said(model)).tolist(), strict=True)]
 
 
 def _said(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:

@@ -99,8 +99,17 @@ def _prompts(examples: EvaluationSet) -> list[np.ndarray]:
     return [t[:n] for t, n in zip(examples.encoded.tokens, examples.encoded.prompt_lengths, strict=True)]
 
 
-def generate_greedily(model: Decoder, prompts: jax.Array, segment_ids: jax.Array, *, new_tokens: int, eos_id: int):
-    """Continues prompts with the most likely token at each step, until all have ended.
+def generate(
+    model: Decoder,
+    prompts: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    new_tokens: int,
+    eos_id: int,
+    temperature: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Continues prompts token by token until all have ended.
 
     Args:
         model: the decoder.
@@ -108,19 +117,32 @@ def generate_greedily(model: Decoder, prompts: jax.Array, segment_ids: jax.Array
         segment_ids: `(batch, length)` int, 0 where a prompt is padded and 1 where it is not.
         new_tokens: largest number of tokens to generate.
         eos_id: token that ends a text.
+        temperature: 0 takes the most likely token at each step; otherwise tokens are drawn from the softmax of the
+            logits divided by it.
+        key: source of the draws; needed where the temperature is not 0.
 
     Returns:
         `(batch, new_tokens)` int, `eos_id` from the first end on.
+
+    Raises:
+        ValueError: the temperature is negative, or has no key.
     """
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if temperature and key is None:
+        raise ValueError(f"a temperature of {temperature} needs a key to draw with, got None")
     batch, length = prompts.shape
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
     cache = model.empty_cache(batch, length + new_tokens)
 
-    def next_token(model, hidden):
-        return model.logits(hidden[:, -1]).argmax(-1).astype(jnp.int32)
+    def next_token(model, hidden, i):
+        logits = model.logits(hidden[:, -1])
+        if key is None or not temperature:
+            return logits.argmax(-1).astype(jnp.int32)
+        return jax.random.categorical(jax.random.fold_in(key, i), logits / temperature).astype(jnp.int32)
 
     hidden, cache = model.hidden_states(prompts, positions=positions, segment_ids=segment_ids, cache=cache)
-    token, position = next_token(model, hidden), positions[:, -1:] + 1
+    token, position = next_token(model, hidden, 0), positions[:, -1:] + 1
     out = jnp.full((batch, new_tokens), eos_id, jnp.int32).at[:, 0].set(token)
 
     def unfinished(carry):
@@ -134,7 +156,7 @@ def generate_greedily(model: Decoder, prompts: jax.Array, segment_ids: jax.Array
         model = nnx.merge(graph, parameters, copy=True)
         ones = jnp.ones((batch, 1), jnp.int32)
         hidden, cache = model.hidden_states(token[:, None], positions=position, segment_ids=ones, cache=cache)
-        token = jnp.where(ended, eos_id, next_token(model, hidden))
+        token = jnp.where(ended, eos_id, next_token(model, hidden, i))
         return i + 1, token, ended | (token == eos_id), position + 1, cache, out.at[:, i].set(token)
 
     start = (jnp.int32(1), token, token == eos_id, position, cache, out)
@@ -192,16 +214,16 @@ def generate_answers(
         segment_ids[row, length - len(prompt) :] = 1
 
     @jax.jit
-    def generate(states, base, tokens, segment_ids):
+    def generate_all(states, base, tokens, segment_ids):
         def member(state):
             model = program.member_model(state, base)
-            return generate_greedily(model, tokens, segment_ids, new_tokens=new_tokens, eos_id=tokenizer.eos_id)
+            return generate(model, tokens, segment_ids, new_tokens=new_tokens, eos_id=tokenizer.eos_id)
 
         return program.over_members(member, states)
 
     members: list[list[str]] = [[] for _ in range(state.step.shape[0])]
     for part, rows in _chunks(len(prompts), batch_size):
-        out = np.asarray(generate(state, program.base, tokens[rows], segment_ids[rows]))[:, part]
+        out = np.asarray(generate_all(state, program.base, tokens[rows], segment_ids[rows]))[:, part]
         for texts, generated in zip(members, out, strict=True):
             texts += [tokenizer.decode(row.tolist()) for row in generated]
     return members

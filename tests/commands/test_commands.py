@@ -160,6 +160,16 @@ def test_generate_continues_every_prompt_with_the_most_likely_tokens(adapter, mo
     assert capsys.readouterr().out == shown
 
 
+def test_generate_draws_tokens_at_a_temperature(model_folder, capsys):
+    def said(*options):
+        call("generate", model_folder, "--prompt", "What is 3 + 4?", "--max-new-tokens", "12", *options)
+        return capsys.readouterr().out
+
+    hot = ["--temperature", "2"]
+    assert said(*hot) == said(*hot, "--seed", "0")
+    assert len({said(), said(*hot), said(*hot, "--seed", "1")}) == 3
+
+
 def test_continuation_keeps_the_space_before_it():
     class Words:
         def decode(self, ids):
@@ -256,6 +266,12 @@ def test_mistakes_of_evaluate_and_generate(model_folder, config_file, fails, mon
     assert "the config sweeps data.length; choose one with --data.length" in fails("evaluate", file)
     assert "--max-new-tokens must be at least 1" in fails(
         "generate", model_folder, "--prompt", "x", "--max-new-tokens", "0"
+    )
+    assert "--temperature must be at least 0, got -1" in fails(
+        "generate", model_folder, "--prompt", "x", "--temperature", "-1"
+    )
+    assert "--tokenizer: no-such must be a model folder" in fails(
+        "generate", model_folder, "--prompt", "x", "--tokenizer", "no-such"
     )
     assert "printable ASCII" in fails("generate", model_folder, "--prompt", "π")
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))

@@ -10,7 +10,7 @@ from flax import nnx
 
 from balora_jax.adapters import add_adapters
 from balora_jax.models import Decoder, DecoderConfig
-from balora_jax.training.evaluation import generate_greedily
+from balora_jax.training.evaluation import generate
 
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 VOCAB = SIZES["vocab_size"]
@@ -112,7 +112,7 @@ def test_generation_from_a_cache_is_generation_without(name):
 
     @nnx.jit
     def found(model, eos_id):
-        return generate_greedily(model, prompts, segment_ids, new_tokens=6, eos_id=eos_id)
+        return generate(model, prompts, segment_ids, new_tokens=6, eos_id=eos_id)
 
     endless = expected(-1)
     np.testing.assert_array_equal(found(model, -1), endless)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from balora_jax.adapters import add_adapters, iter_adapters
 from balora_jax.models.weights import load_decoder, save_decoder
-from balora_jax.training.evaluation import generate_greedily
+from balora_jax.training.evaluation import generate
 from balora_jax.training.step import token_losses
 
 REASON = "the comparison needs the original library, which is no dependency"
@@ -128,8 +128,8 @@ def test_greedy_generation(name, tmp_path):
         expected = original.generate(
             torch.tensor(prompts), attention_mask=torch.tensor(kept), eos_token_id=eos, **options
         ).numpy()[:, 12:]
-    generate = nnx.jit(lambda model: generate_greedily(model, prompts, kept, new_tokens=new_tokens, eos_id=eos))
-    found = np.asarray(generate(load_decoder(tmp_path)))
+    generated = nnx.jit(lambda model: generate(model, prompts, kept, new_tokens=new_tokens, eos_id=eos))
+    found = np.asarray(generated(load_decoder(tmp_path)))
     for row, tokens in zip(found, expected, strict=True):
         ended = np.append(np.flatnonzero(tokens == eos), len(tokens))[0] + 1
         np.testing.assert_array_equal(row[:ended], tokens[:ended])

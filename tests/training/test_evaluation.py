@@ -17,8 +17,8 @@ from balora_jax.training.evaluation import (
     accuracies,
     answer,
     evaluate_loss,
+    generate,
     generate_answers,
-    generate_greedily,
 )
 from balora_jax.training.run import load_data
 from balora_jax.training.step import Program, token_losses
@@ -81,13 +81,47 @@ def test_generation_with_cache_and_padding_equals_one_text_at_a_time(population)
 def test_generation_stops_at_the_end_token(population):
     model = member(population, 0)
     prompts = jnp.asarray([[1, 50, 60], [1, 40, 30]])
-    free = np.asarray(generate_greedily(model, prompts, jnp.ones_like(prompts), new_tokens=6, eos_id=-1))
+    free = np.asarray(generate(model, prompts, jnp.ones_like(prompts), new_tokens=6, eos_id=-1))
     eos = int(free[0, 2])
-    stopped = np.asarray(generate_greedily(model, prompts, jnp.ones_like(prompts), new_tokens=6, eos_id=eos))
+    stopped = np.asarray(generate(model, prompts, jnp.ones_like(prompts), new_tokens=6, eos_id=eos))
     for row, whole in zip(stopped, free, strict=True):
         end = int(np.argmax(whole == eos)) if eos in whole else 6
         np.testing.assert_array_equal(row[:end], whole[:end])
         assert (row[end:] == eos).all()
+
+
+def test_tokens_are_drawn_from_the_tempered_distribution(population):
+    """2000 rows of one prompt: second tokens, given the commonest first, against the softmax of their own logits."""
+    model = member(population, 0)
+    prompts = jnp.tile(jnp.asarray([[1, 50, 60]]), (2000, 1))
+    drawn = nnx.jit(
+        lambda model, key: generate(
+            model, prompts, jnp.ones_like(prompts), new_tokens=2, eos_id=-1, temperature=1.5, key=key
+        )
+    )
+    found = np.asarray(drawn(model, jax.random.key(0)))
+    assert (found == np.asarray(drawn(model, jax.random.key(0)))).all()
+    assert (found != np.asarray(drawn(model, jax.random.key(1)))).any()
+    first = np.bincount(found[:, 0]).argmax()
+    for tokens, seen in ([1, 50, 60], found[:, 0]), ([1, 50, 60, first], found[found[:, 0] == first, 1]):
+        expected = np.asarray(jax.nn.softmax(model(jnp.asarray([tokens]))[0, -1] / 1.5))
+        shares = np.bincount(seen, minlength=len(expected)) / len(seen)
+        deviation = np.sqrt(expected * (1 - expected) / len(seen))
+        assert len(seen) > 50
+        assert (np.abs(shares - expected) < 5 * deviation + 1 / len(seen)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be at least 0, got -1"),
+        ({"temperature": 0.5}, "0.5 needs a key to draw with, got None"),
+    ],
+)
+def test_bad_temperatures(population, options, message):
+    prompts = jnp.ones((1, 2), jnp.int32)
+    with pytest.raises(ValueError, match=message):
+        generate(member(population, 0), prompts, prompts, new_tokens=1, eos_id=-1, **options)
 
 
 def test_accuracy_by_module(population):
