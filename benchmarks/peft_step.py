@@ -9,6 +9,7 @@ the median over rounds, the ratio the median of the ratios within a round.
 """
 
 import argparse
+import importlib.metadata
 import os
 import statistics
 import subprocess
@@ -74,7 +75,7 @@ def peft_step(rank: int):
     import torch
     import transformers
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     config = transformers.Qwen2Config(**SIZES, max_position_embeddings=1024, tie_word_embeddings=True)
     model = transformers.Qwen2ForCausalLM(config)
@@ -135,7 +136,8 @@ def main() -> None:
     if arguments.work:
         work(arguments.work, arguments.ranks[0])
         return
-    lines = [f"cpu, {os.cpu_count()} cores, `{' '.join(['python', *sys.argv])}`", ""]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "torch", "peft"))
+    lines = [f"cpu, {len(os.sched_getaffinity(0))} cores, {versions}, `{' '.join(['python', *sys.argv])}`", ""]
     lines += ["| rank | balora_jax, tokens / s | PEFT, tokens / s | ratio |", "|---|---|---|---|"]
     for rank in arguments.ranks:
         seconds = measure(rank, arguments.rounds)

@@ -33,6 +33,7 @@ from flax import nnx
 
 from balora_jax import balance_pairs, balora, balora_project
 from balora_jax.adapters import add_adapters
+from balora_jax.models.cross_entropy import token_cross_entropy
 from balora_jax.models.decoder import Decoder, DecoderConfig
 
 LAYERS = 36
@@ -240,20 +241,20 @@ def step_table(ranks, repeats):
         adapters = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(2), x.shape), adapters)
 
         def loss(adapters, rest, graph=graph):
-            logits = nnx.merge(graph, adapters, rest, copy=True)(tokens[:, :-1])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+            model = nnx.merge(graph, adapters, rest, copy=True)
+            return token_cross_entropy(model, model.hidden_states(tokens[:, :-1])[0], tokens[:, 1:]).mean()
 
         def run(transformation, loss=loss, adapters=adapters, rest=rest):
             @jax.jit
-            def step(adapters, state):
+            def step(adapters, state, rest):
                 updates, state = transformation.update(jax.grad(loss)(adapters, rest), state, adapters)
                 return optax.apply_updates(adapters, updates), state
 
-            carry = step(adapters, transformation.init(adapters))
+            carry = step(adapters, transformation.init(adapters), rest)
 
             def call():
                 nonlocal carry
-                carry = step(*carry)
+                carry = step(*carry, rest)
                 return carry
 
             return call

@@ -130,6 +130,7 @@ def continuations(
             jnp.asarray(segment_ids),
             new_tokens=max_new_tokens,
             eos_id=tokenizer.eos_id,
+            end_ids=tokenizer.end_ids,
             temperature=temperature,
             key=key,
         )

@@ -12,7 +12,7 @@ from balora_jax.commands.arguments import parse
 from balora_jax.commands.folders import check_free, copy_other_files, explained, whole_folder
 from balora_jax.models import Decoder
 from balora_jax.models.folders import model_folder
-from balora_jax.models.weights import load_decoder, save_decoder
+from balora_jax.models.weights import load_decoder, save_decoder, stored_dtype
 from balora_jax.training.config import ConfigError
 
 _DTYPE_FIELDS = "dtype", "torch_dtype"  # of transformers 5 and 4
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
         adapter = read_peft(options.adapter)
     with explained("MODEL"):
         folder = model_folder(options.model)
-        model = load_decoder(folder, param_dtype=options.dtype or _declared_dtype(folder) or "float32")
+        model = load_decoder(folder, param_dtype=options.dtype or _declared_dtype(folder) or stored_dtype(folder))
     with explained("ADAPTER"):
         load_adapters(model, adapter)
     write_merged(model, folder, options.out)
@@ -78,4 +78,4 @@ def write_merged(model: Decoder, base: Path, out: Path) -> None:
 def _declared_dtype(folder: Path) -> str | None:
     """The dtype of the weights, as config.json tells it."""
     fields = json.loads((folder / "config.json").read_text())
-    return next((fields[name] for name in _DTYPE_FIELDS if fields.get(name)), None)
+    return next((fields[name] for name in _DTYPE_FIELDS if fields.get(name) not in (None, "auto")), None)

@@ -34,6 +34,8 @@ class Tokenizer(Protocol):
     @property
     def eos_id(self) -> int: ...  # noqa: D102
     @property
+    def end_ids(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
     def fingerprint(self) -> str: ...  # noqa: D102
     def encode(self, text: str) -> list[int]: ...  # noqa: D102
     def encode_continuation(self, text: str) -> list[int]: ...  # noqa: D102

@@ -1,9 +1,11 @@
 """Work on a data set that is done once and found again on disk."""
 
+import hashlib
 from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import datasets
+import pyarrow
 from datasets.fingerprint import Hasher
 
 _FORMAT = 1
@@ -21,7 +23,7 @@ def mapped(
     """Applies a function to batches of rows, or takes the outcome of an earlier call from the cache.
 
     The cache is the folder `balora_jax` in that of `datasets` (environment variable `HF_DATASETS_CACHE`). Files in it
-    are named by a hash of the input's fingerprint and the key, and written whole or not at all. Data sets that lie in
+    are named by a hash of the input's rows and the key, and written whole or not at all. Data sets that lie in
     memory are worked on in memory.
 
     Args:
@@ -36,7 +38,7 @@ def mapped(
     """
     if not examples.cache_files:
         return datasets.Dataset.from_dict(function(examples[:]), features=features)
-    fingerprint = Hasher.hash((examples._fingerprint, key, _FORMAT))
+    fingerprint = Hasher.hash((_digest(examples), key, _FORMAT))
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "balora_jax"
     folder.mkdir(parents=True, exist_ok=True)
     return examples.map(
@@ -48,3 +50,14 @@ def mapped(
         cache_file_name=str(folder / f"{fingerprint}.arrow"),
         desc=description,
     )
+
+
+def _digest(examples: datasets.Dataset) -> str:
+    """A hash of the rows and their types, wherever they lie."""
+    digest = hashlib.sha256()
+    for table in examples.with_format("arrow").iter(10_000):
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(sink, table.schema.remove_metadata()) as stream:
+            stream.write_table(table.replace_schema_metadata().combine_chunks())
+        digest.update(sink.getvalue())
+    return digest.hexdigest()

@@ -108,6 +108,16 @@ class HubTokenizer:
         """Token that ends a text."""
         return self._tokenizer.eos_token_id
 
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end what a model says: that of a text, and that of an assistant's turn in the chat template."""
+        turns: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+        try:
+            tokens, _ = self.encode_conversation(turns)
+        except ValueError:  # no template, or one that cannot be learned
+            return (self.eos_id,)
+        return tuple(dict.fromkeys([self.eos_id, tokens[-1]]))
+
     def encode(self, text: str) -> list[int]:
         """Returns the tokens of a text, without those that begin and end it."""
         return self._tokenizer.encode(text, add_special_tokens=False)
@@ -136,7 +146,7 @@ class HubTokenizer:
         if self._tokenizer.chat_template is None:
             raise ValueError(
                 f"the tokenizer of {self._folder} has no chat template, which a data set of conversations needs; "
-                "set model.path to the folder of an instruct model"
+                "set data.tokenizer to an instruct model"
             )
         text, spans = learned_spans(self._render, messages)
         tokens: list[int] = []

@@ -33,6 +33,7 @@ class DataSettings:
         train_examples: largest number of training examples; None for all of a published data set.
         eval_examples: largest number of evaluation examples; None for all of a published evaluation split. A data set
             without such a split holds this number out from training.
+        eval_split: the published split to evaluate on; None for `validation` where there is one, otherwise `test`.
         length: tokens per row; longer examples are left out, and counted, but bare texts are cut into pieces.
         packing: whether several examples share a row in training.
         seed: of the draw of the examples; the same for all runs that are compared.
@@ -45,6 +46,7 @@ class DataSettings:
     difficulty: tuple[int, ...] = (1, 2)
     train_examples: int | None = 10_000
     eval_examples: int | None = 500
+    eval_split: str | None = None
     length: int = 128
     packing: bool = True
     seed: int = 0
@@ -77,7 +79,10 @@ def load(settings: DataSettings) -> Splits:
         near = difflib.get_close_matches(settings.recipe, RECIPES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"data.recipe must be one of {', '.join(RECIPES)}, got {settings.recipe!r}{hint}")
-    splits = RECIPES[settings.recipe](settings)
+    recipe = RECIPES[settings.recipe]
+    if settings.eval_split is not None and not isinstance(recipe, Published):
+        raise ValueError(f"data.eval_split must be None for {settings.recipe}, got {settings.eval_split!r}")
+    splits = recipe(settings)
     train, repeated = _without_prompts_of(splits.evaluation, splits.train)
     if not len(train) or not len(splits.evaluation):
         raise ValueError(f"{settings.recipe} must have examples to train and to evaluate on, got none")
@@ -138,6 +143,7 @@ class Published:
                 read_source(settings.path, hub=self.hub, part=part),
                 train_examples=_share(settings.train_examples, len(parts)),
                 eval_examples=_share(settings.eval_examples, len(parts)),
+                eval_split=settings.eval_split,
                 seed=settings.seed,
             )
             module = part if part and len(self.parts) > 1 else settings.recipe

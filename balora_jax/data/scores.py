@@ -25,9 +25,9 @@ def same_final_answer(text: str, answer: str) -> bool:
     """Whether two solutions end in the same answer, as GSM8K (`#### 72`) and MetaMathQA (`The answer is: 72`) end.
 
     A final answer is what follows the last such mark in its line, or the last number of a text without a mark. If that
-    of the right solution is a number, the first number of the other's counts: thousands separators, signs of money and
-    percent, units, a period at the end and trailing zeros make no difference. Otherwise (MetaMathQA holds expressions
-    such as `\\frac{1}{2}`) the two must be the same up to spaces.
+    of the right solution is a number, the first number of the other's counts, behind its last equals sign if it has
+    one: thousands separators, signs of money and percent, units, a period at the end and trailing zeros make no
+    difference. Otherwise (MetaMathQA holds expressions such as `\\frac{1}{2}`) the two must be the same up to spaces.
 
     Args:
         text: a solution.
@@ -36,11 +36,13 @@ def same_final_answer(text: str, answer: str) -> bool:
     Example:
         >>> same_final_answer("She pays 3 * 414. The answer is $1,242.00.", "3 * 414 = 1242\\n#### 1242")
         True
+        >>> same_final_answer("The answer is 5 + 7 = 12", "#### 12")
+        True
     """
     found, right = _final_answer(text), _final_answer(answer)
     if not _NUMBER.fullmatch(right):
         return right != "" and found == right
-    number = _NUMBER.search(found)
+    number = _NUMBER.search(found.rsplit("=", 1)[-1])
     return number is not None and _value(number[0]) == _value(right)
 
 

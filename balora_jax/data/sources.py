@@ -62,7 +62,12 @@ def _load(what: str, *arguments, **keywords) -> dict[str, datasets.Dataset]:
 
 
 def split(
-    source: Mapping[str, datasets.Dataset], *, train_examples: int | None, eval_examples: int | None, seed: int
+    source: Mapping[str, datasets.Dataset],
+    *,
+    train_examples: int | None,
+    eval_examples: int | None,
+    eval_split: str | None = None,
+    seed: int,
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Draws the rows for training and for evaluation; no row is in both.
 
@@ -73,16 +78,21 @@ def split(
         source: the splits of a data set.
         train_examples: largest number of rows for training; None for all.
         eval_examples: largest number of rows for evaluation; None for all of a split of its own.
+        eval_split: the split to evaluate on, instead.
         seed: decides which rows, and their order.
 
     Raises:
-        ValueError: there is nothing to train on.
+        ValueError: there is nothing to train on, or no such split to evaluate on.
     """
     rows = source["train"] if "train" in source else next(iter(source.values())) if len(source) == 1 else None
     if rows is None:
         raise ValueError(f"a data set must have a split train, got {', '.join(source)}")
     train_order = np.random.default_rng((seed, 0)).permutation(len(rows))
-    own = next((source[name] for name in ("validation", "test") if name in source and source[name] is not rows), None)
+    if eval_split is not None and (eval_split not in source or source[eval_split] is rows):
+        others = ", ".join(name for name in source if source[name] is not rows) or "no other than that for training"
+        raise ValueError(f"data.eval_split must be a split of the data ({others}), got {eval_split!r}")
+    names = ("validation", "test") if eval_split is None else (eval_split,)
+    own = next((source[name] for name in names if name in source and source[name] is not rows), None)
     if own is not None:
         eval_order = np.random.default_rng((seed, 1)).permutation(len(own))
         return rows.select(train_order[:train_examples]), own.select(eval_order[:eval_examples])

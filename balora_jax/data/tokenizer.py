@@ -39,6 +39,11 @@ class CharTokenizer:
         """Token that ends a sequence."""
         return 2
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end what a model says."""
+        return (self.eos_id,)
+
     def encode(self, text: str) -> list[int]:
         """Turn text into tokens, one for each character, without special ones.
 

@@ -11,11 +11,8 @@ MOST_BLOCKS = 8
 _LEAST_WIDTH = {"cpu": 64}
 """Queries that a block must have on a backend to keep it busy; 512 on others, where a small kernel costs a launch."""
 
-_PRODUCTS = {
-    jnp.dtype("bfloat16"): jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
-    jnp.dtype("float16"): jax.lax.DotAlgorithmPreset.F16_F16_F32,
-}
-"""Products that take half precision and give float32, in the backward pass too."""
+_PRODUCTS = {jnp.dtype("bfloat16"): jax.lax.DotAlgorithmPreset.BF16_BF16_F32}
+"""Products that take half precision and give float32, in the backward pass too; float16 has none on CPUs and TPUs."""
 
 
 def grouped_attention(
@@ -87,4 +84,7 @@ def _block(queries, keys, values, mask, start, end, causal):
 def _product(subscripts, left, right):
     """The product of two arrays of one dtype, in float32 at least."""
     wide = jnp.promote_types(left.dtype, jnp.float32)
-    return jnp.einsum(subscripts, left, right, precision=_PRODUCTS.get(left.dtype), preferred_element_type=wide)
+    precision = _PRODUCTS.get(left.dtype)
+    if precision is None:
+        left, right = left.astype(wide), right.astype(wide)
+    return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=wide)

@@ -22,16 +22,24 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
 }
 _SAME_NAME = (*(name for name in SIZES if name != "head_dim"), "rms_norm_eps")
-# Fields that must have this value, if they are there at all. Fields that are not here change nothing in the families
-# above; models that would need them have a `model_type` or code (`auto_map`) of their own.
+# Fields that must have this value, if they are there at all: those of the families above, and those with which their
+# relatives change the arithmetic. Other fields change nothing.
 _REQUIRED = {
     "attention_bias": False,
     "attention_dropout": 0,
+    "attention_multiplier": None,
+    "attn_logit_softcapping": None,
     "auto_map": None,
+    "embedding_multiplier": 1,
+    "final_logit_softcapping": None,
     "hidden_act": "silu",
+    "is_causal": True,
+    "logits_scaling": 1,
     "mlp_bias": False,
+    "no_rope_layers": None,
     "partial_rotary_factor": 1,
     "quantization_config": None,
+    "residual_multiplier": 1,
     "use_mrope": False,
     "use_sliding_window": False,
 }
@@ -80,6 +88,14 @@ def _config(fields: dict[str, Any]) -> DecoderConfig:
     missing = [name for name in _SAME_NAME if fields.get(name) is None]
     if missing:
         raise ValueError(f"the field {missing[0]} is missing")
+    for name in ("head_dim", "sliding_window", *_SAME_NAME):
+        number = fields.get(name)
+        kinds = (int, float) if name == "rms_norm_eps" else (int,)
+        if number is not None and (isinstance(number, bool) or not isinstance(number, kinds)):
+            raise ValueError(f"{name} must be {'a number' if float in kinds else 'an integer'}, got {number!r}")
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(fields.get(name), dict | None):
+            raise ValueError(f"{name} must be an object, got {fields[name]!r}")
     # transformers 5 writes rope_parameters, with the base in it; 4 wrote rope_scaling and rope_theta beside it
     rope = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
     return DecoderConfig(
@@ -109,6 +125,9 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     missing = [name for name in names if name not in rope]
     if missing:
         raise ValueError(f"rope_scaling lacks the field {missing[0]}")
+    for name in names:
+        if isinstance(rope[name], bool) or not isinstance(rope[name], int | float):
+            raise ValueError(f"rope_scaling: {name} must be a number, got {rope[name]!r}")
     return RopeScaling(**{name: rope[name] for name in names})
 
 

@@ -21,7 +21,7 @@ from balora_jax.models.decoder import Decoder
 from balora_jax.models.folders import model_folder
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = ("F32", "F16", "BF16")
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def abstract_decoder(
@@ -45,6 +45,19 @@ def abstract_decoder(
     config = read_config(model_folder(name, weights=False))
     config = dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype, remat=remat)
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+
+
+def stored_dtype(folder: Path) -> str:
+    """Returns the dtype of a folder's weights: the narrowest that holds all of them.
+
+    Raises:
+        FileNotFoundError: the folder holds no weights.
+        ValueError: a file is broken, or no weight is in float32, float16 or bfloat16.
+    """
+    dtypes = _Tensors(folder).dtypes()
+    if not dtypes:
+        raise ValueError(f"{folder} must hold weights in {', '.join(_DTYPES.values())}, got none")
+    return jnp.result_type(*dtypes).name
 
 
 def load_decoder(
@@ -196,6 +209,11 @@ class _Tensors:
         absent = [name for name in listed if name not in self._files]
         if absent:
             raise ValueError(f"{folder / listed[absent[0]]} lacks the tensor {absent[0]}, which {INDEX} has there")
+
+    def dtypes(self) -> list[str]:
+        """The dtypes of the weights, of those that there may be."""
+        found = {dtype for name, (_, dtype) in self._headers.items() if name.endswith(".weight")}
+        return [known for dtype, known in _DTYPES.items() if dtype in found]
 
     def read(self, name: str, index: tuple) -> np.ndarray:
         """A part of a tensor, given by slices."""

@@ -106,6 +106,7 @@ def generate(
     *,
     new_tokens: int,
     eos_id: int,
+    end_ids: Sequence[int] = (),
     temperature: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
@@ -117,6 +118,7 @@ def generate(
         segment_ids: `(batch, length)` int, 0 where a prompt is padded and 1 where it is not.
         new_tokens: largest number of tokens to generate.
         eos_id: token that ends a text.
+        end_ids: others that do; `eos_id` is returned in their place.
         temperature: 0 takes the most likely token at each step; otherwise tokens are drawn from the softmax of the
             logits divided by it.
         key: source of the draws; needed where the temperature is not 0.
@@ -138,8 +140,11 @@ def generate(
     def next_token(model, hidden, i):
         logits = model.logits(hidden[:, -1])
         if key is None or not temperature:
-            return logits.argmax(-1).astype(jnp.int32)
-        return jax.random.categorical(jax.random.fold_in(key, i), logits / temperature).astype(jnp.int32)
+            token = logits.argmax(-1)
+        else:
+            token = jax.random.categorical(jax.random.fold_in(key, i), logits / temperature)
+        ended = jnp.isin(token, jnp.asarray([eos_id, *end_ids]))
+        return jnp.where(ended, eos_id, token).astype(jnp.int32)
 
     hidden, cache = model.hidden_states(prompts, positions=positions, segment_ids=segment_ids, cache=cache)
     token, position = next_token(model, hidden, 0), positions[:, -1:] + 1
@@ -217,7 +222,8 @@ def generate_answers(
     def generate_all(states, base, tokens, segment_ids):
         def member(state):
             model = program.member_model(state, base)
-            return generate(model, tokens, segment_ids, new_tokens=new_tokens, eos_id=tokenizer.eos_id)
+            eos, ends = tokenizer.eos_id, tokenizer.end_ids
+            return generate(model, tokens, segment_ids, new_tokens=new_tokens, eos_id=eos, end_ids=ends)
 
         return program.over_members(member, states)
 

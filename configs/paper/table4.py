@@ -7,15 +7,15 @@ Command:   balora-jax run configs/paper/table4.py
 Item:      table 4, and figures 4 and 8 of arXiv 2605.31484 (heat maps: python experiments/comparison/sensitivity.py
            runs/table4 --output FOLDER) and 7 (the right panel of the run's figure is the loss over time)
 Model:     meta-llama/Llama-3.2-3B from the hub (its licence must be accepted there), or --model.path FOLDER
-Data:      Wikitext-2 raw, line by line: 23,767 lines that are not empty; evaluation on `validation`
+Data:      Wikitext-2 raw, line by line: 23,767 lines that are not empty; evaluation on `test`
 Expected:  BaLoRA's evaluation loss is 2.251 in the paper
 Hardware:  one GPU; `balora-jax estimate` prints the memory: the 150 runs of a method are trained together, one after
            the other at each step, and each adds its state, 0.1 GB. Not run here: the authors gave each run an A100
 Chosen:    two epochs, counted in lines
 Differs:   the base is bfloat16, the authors load it in float32 (--model.dtype float32 --model.param-dtype float32);
-           they evaluate on `test`, have empty lines among the rows of a step, and no end token behind a line. BaLoRA
-           is theirs: raw SVD factors, Adam's moments as they are. Lines are not packed, so that a step has 32 of them;
-           --data.packing with fewer steps is faster
+           they have empty lines among the rows of a step, and no end token behind a line. BaLoRA is theirs: raw SVD
+           factors, Adam's moments as they are. Lines are not packed, so that a step has 32 of them; --data.packing
+           with fewer steps is faster
 """
 
 import numpy as np
@@ -29,7 +29,9 @@ config = Config(
     model=ModelSettings(path="meta-llama/Llama-3.2-3B", dtype="bfloat16", param_dtype="bfloat16", remat=True),
     adapter=AdapterSettings(rank=8, alpha=8.0),
     balance=BalanceSettings(gauge="raw_svd", transport=False),
-    data=DataSettings(recipe="wikitext", train_examples=None, eval_examples=None, length=1024, packing=False),
+    data=DataSettings(
+        recipe="wikitext", train_examples=None, eval_examples=None, eval_split="test", length=1024, packing=False
+    ),
     training=TrainingSettings(
         steps=2 * 23_767 // 32,
         batch_size=8,

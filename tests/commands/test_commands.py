@@ -75,6 +75,12 @@ def test_merged_keeps_the_dtype_of_its_base_or_takes_the_one_asked_for(adapter, 
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     call("merge", tmp_path / "half", adapter, tmp_path / "again")
     assert dtypes("half") == dtypes("again") == {"bfloat16"}
+    config = tmp_path / "half" / "config.json"
+    for silent in ({}, {"dtype": "auto"}):  # the weights tell it, then
+        fields = {name: value for name, value in json.loads(config.read_text()).items() if name != "dtype"}
+        config.write_text(json.dumps(fields | silent))
+        call("merge", tmp_path / "half", adapter, tmp_path / f"silent{len(silent)}")
+        assert dtypes(f"silent{len(silent)}") == {"bfloat16"}
 
 
 def products(folder):

@@ -204,6 +204,15 @@ def write_config(folder, vocab_size):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def test_an_assistants_turn_ends_what_is_said(tmp_path):
+    """Also where that is not the tokenizer's end token, as in Qwen's bases."""
+    tokenizer = build(tmp_path / "instruct", "qwen")
+    assert tokenizer.end_ids == (tokenizer.eos_id,)
+    base = build(tmp_path / "base", "qwen", eos="<|endoftext|>")
+    assert base.end_ids == (base.eos_id, tokenizer.eos_id)
+    assert build(tmp_path / "plain", "qwen", eos="<|endoftext|>", template=None).end_ids == (base.eos_id,)
+
+
 def test_fingerprint_tells_tokenizers_and_templates_apart(tmp_path):
     one = build(tmp_path / "one", "qwen").fingerprint
     assert build(tmp_path / "same", "qwen").fingerprint == one

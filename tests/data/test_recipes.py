@@ -237,6 +237,20 @@ def test_own_splits_are_kept(tmp_path):
     assert len(read("gsm8k", tmp_path, eval_examples=4).evaluation) == 4
 
 
+def test_the_split_to_evaluate_on_can_be_chosen(tmp_path):
+    for split, start in (("train", 0), ("validation", 50), ("test", 70)):
+        write(tmp_path / "main" / f"{split}-00000-of-00001.parquet", rows(published.gsm8k, 9, start))
+    for split, digit in ((None, 5), ("validation", 5), ("test", 7)):
+        splits = read("gsm8k", tmp_path, eval_examples=None, eval_split=split)
+        assert len(splits.evaluation) == 9
+        assert all(f"What is {digit}" in prompt for prompt in splits.evaluation["prompt"])
+    for wrong in ("train", "tests"):
+        with pytest.raises(ValueError, match=rf"eval_split must be a split .*\(.*test.*\), got '{wrong}'"):
+            read("gsm8k", tmp_path, eval_split=wrong)
+    with pytest.raises(ValueError, match="eval_split must be None for mathematics, got 'test'"):
+        load(DataSettings(eval_split="test"))
+
+
 def test_work_is_done_once(tmp_path, cache, monkeypatch):
     calls = []
 

@@ -147,7 +147,7 @@ def test_another_models_tokenizer_can_be_taken(qwen, files, tmp_path):
         load_data(settings(files, "alpaca", tokenizer="no-such"))
 
 
-def test_tokens_are_cached(qwen, files, monkeypatch):
+def test_tokens_are_cached(qwen, files, monkeypatch, tmp_path):
     from balora_jax.data.hub_tokenizer import HubTokenizer
 
     arrays = load_data.__wrapped__(settings(files, "alpaca"), qwen)[0]
@@ -160,5 +160,7 @@ def test_tokens_are_cached(qwen, files, monkeypatch):
     assert len(again[0]["tokens"]) == 18, "the long example fits now"
     same = load_data.__wrapped__(settings(files, "alpaca"), qwen)[0]
     assert all((same[name] == arrays[name]).all() for name in arrays)
+    shutil.copy(files / "alpaca.jsonl", tmp_path / "copy.jsonl")  # another file of the same rows
+    load_data.__wrapped__(settings(files, "alpaca", path=str(tmp_path / "copy.jsonl")), qwen)
     with pytest.raises(AssertionError, match="tokenised again"):
         load_data.__wrapped__(settings(files, "alpaca", seed=1), qwen)

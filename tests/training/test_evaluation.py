@@ -83,11 +83,15 @@ def test_generation_stops_at_the_end_token(population):
     prompts = jnp.asarray([[1, 50, 60], [1, 40, 30]])
     free = np.asarray(generate(model, prompts, jnp.ones_like(prompts), new_tokens=6, eos_id=-1))
     eos = int(free[0, 2])
+    ends = nnx.jit(
+        lambda model: generate(model, prompts, jnp.ones_like(prompts), new_tokens=6, eos_id=2, end_ids=(eos, 97))
+    )
     stopped = np.asarray(generate(model, prompts, jnp.ones_like(prompts), new_tokens=6, eos_id=eos))
     for row, whole in zip(stopped, free, strict=True):
         end = int(np.argmax(whole == eos)) if eos in whole else 6
         np.testing.assert_array_equal(row[:end], whole[:end])
         assert (row[end:] == eos).all()
+    np.testing.assert_array_equal(ends(model), np.where(stopped == eos, 2, stopped), "others are returned as the first")
 
 
 def test_tokens_are_drawn_from_the_tempered_distribution(population):
