@@ -86,7 +86,8 @@ class Contraction:
         first cannot be merged.
         """
         count = x.ndim - len(self.inputs.removeprefix("..."))
-        if count < 2 or not self.outputs.startswith("...") or jax.default_backend() != "cpu":
+        in_front = self.inputs.startswith("...") and self.outputs.startswith("...")
+        if count < 2 or not in_front or jax.default_backend() != "cpu":
             return ()
         return () if any(jax.typeof(x).sharding.spec[1:count]) else x.shape[:count]
 

@@ -67,6 +67,9 @@ CASES = {
     "einsum-experts": Case(
         einsum("becd,edf->becf", (3, 6, 4)), (2, 3, 5, 6), (3, 6, 2), (3, 2, 4), "edr,erf->edf", "becd,edf->becf"
     ),
+    "einsum-ellipsis-inside": Case(
+        einsum("a...b,bc->...ac", (6, 4)), (2, 3, 5, 2, 7, 2, 6), (6, 2), (2, 4), "br,rc->bc", "adefghb,bc->defghac"
+    ),
     "einsum-experts-last": Case(
         einsum("...ed,fde->...ef", (4, 6, 3)), (2, 3, 6), (3, 6, 2), (3, 2, 4), "edr,erf->fde", "bed,fde->bef"
     ),
