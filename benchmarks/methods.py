@@ -29,12 +29,15 @@ CONFIG = Path(__file__).parent.parent / "configs" / "compare_methods.py"
 
 def stepper(config):
     """A function that does the next training step of one run of a config."""
-    arrays, _, _ = load_data(config.data)
+    data, _, _ = load_data(config.data)
     program = Program(config, load_decoder(config.model.path))
     count, rows = program.gradient_batches
-    gradient = {name: x[: count * rows].reshape(count, rows, -1) for name, x in arrays.items()} if count else None
-    state = program.initial_state([config], None if gradient is None else {config.seed: gradient})
-    batch = {name: x[: config.training.batch_size][None, None] for name, x in arrays.items()}
+    gradient = None
+    if count:
+        arrays = data[: count * rows].arrays()
+        gradient = {config.seed: {name: x.reshape(count, rows, -1) for name, x in arrays.items()}}
+    state = program.initial_state([config], gradient)
+    batch = {name: x[None, None] for name, x in data[: config.training.batch_size].arrays().items()}
 
     def step():
         nonlocal state

@@ -17,6 +17,7 @@ from balora_jax.adapters import load_adapters, read_peft
 from balora_jax.commands.arguments import parse
 from balora_jax.commands.folders import explained
 from balora_jax.data.batches import Tokenizer
+from balora_jax.data.conversations import Message
 from balora_jax.data.hub_tokenizer import load_tokenizer
 from balora_jax.data.tokenizer import CharTokenizer
 from balora_jax.models import Decoder
@@ -35,6 +36,8 @@ class Options:
         adapter: a PEFT folder.
         tokenizer: another model's folder or name, whose tokenizer is taken; default the model's own.
         prompt: the texts; default the lines of the standard input.
+        chat: puts each text to the assistant, as a user's turn in the tokenizer's chat template.
+        system: the system prompt that goes before, with `--chat`; default that of the template, if it has one.
         max_new_tokens: the longest continuation.
         temperature: 0 takes the most likely token at each step; otherwise tokens are drawn, at 1 as the model has them.
         seed: of the draws.
@@ -45,6 +48,8 @@ class Options:
     adapter: Path | None = None
     tokenizer: str | None = None
     prompt: tuple[str, ...] = ()
+    chat: bool = False
+    system: str | None = None
     max_new_tokens: int = 64
     temperature: float = 0.0
     seed: int = 0
@@ -58,6 +63,8 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
     if not 0 <= options.temperature < float("inf"):
         raise ConfigError(f"--temperature must be at least 0, got {options.temperature}")
+    if options.system is not None and not options.chat:
+        raise ConfigError("--system needs --chat, as only a conversation has a system prompt")
     if not options.prompt and sys.stdin.isatty():
         raise ConfigError("give --prompt TEXT ..., or texts on the standard input, one in a line")
     prompts = options.prompt or tuple(line for line in sys.stdin.read().splitlines() if line)
@@ -73,26 +80,43 @@ def main(arguments: list[str]) -> int:
             load_adapters(model, read_peft(options.adapter))
     if isinstance(tokenizer, CharTokenizer):  # its models have learned a space between a question and the answer
         prompts = tuple(f"{prompt.rstrip()} " for prompt in prompts)
+    if options.chat:
+        with explained("--chat"):
+            encoded = [tokenizer.encode_question(_conversation(prompt, options.system)) for prompt in prompts]
+    else:
+        with explained("--prompt"):
+            encoded = [_text(tokenizer, prompt) for prompt in prompts]
     with explained("--prompt"):
         texts = continuations(
             model,
             tokenizer,
-            prompts,
+            encoded,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             key=jax.random.key(options.seed),
         )
     console = Console(highlight=False, soft_wrap=True, markup=False)
     for prompt, text in zip(prompts, texts, strict=True):
-        console.print(prompt, end="", style="dim")
+        console.print(prompt, end="\n" if options.chat else "", style="dim")
         console.print(text)
     return 0
+
+
+def _text(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The tokens of a text, with the one that begins texts, if there is one."""
+    return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
+
+
+def _conversation(question: str, system: str | None) -> list[Message]:
+    """A conversation in which a question has been asked."""
+    before: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, {"role": "user", "content": question}]
 
 
 def continuations(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[list[int]],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -103,22 +127,20 @@ def continuations(
     Args:
         model: with or without adapters.
         tokenizer: the model's.
-        prompts: the texts; each begins with the token that begins a text, if there is one.
+        prompts: the tokens of each.
         max_new_tokens: the longest continuation.
         temperature: as for `generate`.
         key: as for `generate`.
 
     Raises:
-        ValueError: a prompt has no tokens, or a character that the tokenizer does not know.
+        ValueError: a prompt has no tokens.
     """
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    encoded = [begin + tokenizer.encode(prompt) for prompt in prompts]
-    if not all(encoded):
+    if not all(prompts):
         raise ValueError("a prompt must have at least one token, got an empty one")
-    length = max(map(len, encoded))
-    tokens = np.full((len(encoded), length), tokenizer.pad_id, np.int32)
+    length = max(map(len, prompts))
+    tokens = np.full((len(prompts), length), tokenizer.pad_id, np.int32)
     segment_ids = np.zeros_like(tokens)
-    for row, prompt in enumerate(encoded):
+    for row, prompt in enumerate(prompts):
         tokens[row, length - len(prompt) :] = prompt
         segment_ids[row, length - len(prompt) :] = 1
 
@@ -136,7 +158,7 @@ def continuations(
         )
 
     model.eval()
-    return [_said(tokenizer, *row) for row in zip(encoded, np.asarray(said(model)).tolist(), strict=True)]
+    return [_said(tokenizer, *row) for row in zip(prompts, np.asarray(said(model)).tolist(), strict=True)]
 
 
 def _said(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:

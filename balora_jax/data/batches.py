@@ -1,6 +1,6 @@
-"""From examples to batches of fixed shape: tokenised once, packed or padded into arrays, shuffled by grain.
+"""From examples to batches of fixed shape: tokenised once, packed or padded into rows, shuffled by grain.
 
-Every row of an array is a text or several; four arrays of shape `(rows, length)` describe it:
+Every row is a text or several; four arrays of shape `(length,)`, in a batch `(rows, length)`, describe it:
 
 | array | meaning |
 |---|---|
@@ -10,7 +10,6 @@ Every row of an array is a text or several; four arrays of shape `(rows, length)
 | `loss_mask` | whether the token is one that the model must predict (an answer and its end) |
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -40,7 +39,39 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...  # noqa: D102
     def encode_continuation(self, text: str) -> list[int]: ...  # noqa: D102
     def encode_conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]: ...  # noqa: D102
+    def encode_question(self, messages: Sequence[Message]) -> list[int]: ...  # noqa: D102
     def decode(self, ids: Sequence[int]) -> str: ...  # noqa: D102
+
+
+class Pieces(Sequence[np.ndarray]):
+    """Pieces of a long array, each a view of it; the same as a list of arrays, in 16 bytes a piece.
+
+    Args:
+        values: `(m,)`, all the pieces are made of.
+        starts: `(n,)` int, where each piece starts in it.
+        stops: `(n,)` int, where each ends.
+    """
+
+    def __init__(self, values: np.ndarray, starts: np.ndarray, stops: np.ndarray):
+        self._values, self._starts, self._stops = values, starts, stops
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Pieces(self._values, self._starts[index], self._stops[index])
+        return self._values[self._starts[index] : self._stops[index]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """`(n,)` number of entries of each piece."""
+        return self._stops - self._starts
+
+    def parts(self, owners: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> "Pieces":
+        """Returns pieces of these pieces: from `starts` to `stops` of the one that is named by `owners`, all `(k,)`."""
+        offsets = self._starts[owners]
+        return Pieces(self._values, offsets + starts, offsets + stops)
 
 
 class Encoded(NamedTuple):
@@ -48,13 +79,14 @@ class Encoded(NamedTuple):
 
     Attributes:
         tokens: the tokens of each example.
-        learned: for each example, which of its tokens the model must predict.
-        kept: which example of the data set each is; several are of one where a text was cut into pieces.
+        learned: for each example, which of its tokens the model must predict; never the first, as nothing is there to
+            predict it from.
+        kept: `(n,)` which example of the data set each is; several are of one where a text was cut into pieces.
     """
 
-    tokens: list[np.ndarray]
-    learned: list[np.ndarray]
-    kept: list[int]
+    tokens: Sequence[np.ndarray]
+    learned: Sequence[np.ndarray]
+    kept: np.ndarray
 
     @property
     def prompt_lengths(self) -> list[int]:
@@ -63,7 +95,11 @@ class Encoded(NamedTuple):
 
 
 _ENCODED = datasets.Features(
-    {"tokens": datasets.List(datasets.Value("int32")), "learned": datasets.List(datasets.Value("bool"))}
+    {
+        "tokens": datasets.List(datasets.Value("int32")),
+        "learned": datasets.List(datasets.Value("bool")),
+        "bare": datasets.Value("bool"),
+    }
 )
 
 
@@ -77,10 +113,10 @@ def encode(examples: datasets.Dataset, tokenizer: Tokenizer, *, max_length: int)
             bare texts, whose prompt is empty, are cut into pieces of so many tokens instead.
 
     Returns:
-        The kept examples. A prompt and its answer are `bos prompt answer eos` (no `bos` if the tokenizer has none), of
-        which the answer and `eos` are learned; conversations are as the chat template has them, and the assistant's
-        turns are learned. A first token is never learned, as nothing is there to predict it from; a piece of a text
-        therefore begins with the last token of the piece before.
+        The kept examples, in about 5 bytes of memory a token. A prompt and its answer are `bos prompt answer eos` (no
+        `bos` if the tokenizer has none), of which the answer and `eos` are learned; conversations are as the chat
+        template has them, and the assistant's turns are learned. A piece of a text begins with the last token of the
+        piece before, as a first token is never learned.
 
     Raises:
         ValueError: every example is too long, or the tokenizer cannot encode one.
@@ -89,30 +125,41 @@ def encode(examples: datasets.Dataset, tokenizer: Tokenizer, *, max_length: int)
     def tokenise(batch):
         if "messages" in batch:
             rows = [tokenizer.encode_conversation(messages) for messages in batch["messages"]]
+            bare = [False] * len(rows)
         else:
             rows = [_encode_answer(tokenizer, *row) for row in zip(batch["prompt"], batch["answer"], strict=True)]
-        return {"tokens": [tokens for tokens, _ in rows], "learned": [learned for _, learned in rows]}
+            bare = [not prompt for prompt in batch["prompt"]]
+        return {"tokens": [tokens for tokens, _ in rows], "learned": [learned for _, learned in rows], "bare": bare}
 
     key = ("tokens", tokenizer.fingerprint)
     encoded = mapped(examples, tokenise, features=_ENCODED, key=key, description="Tokenising")
-    tokens, learned = _rows(encoded, "tokens"), _rows(encoded, "learned")
-    bare = [not prompt for prompt in examples["prompt"]] if "prompt" in examples.column_names else [False] * len(tokens)
-    places = [(i, part) for i, row in enumerate(tokens) for part in _pieces(len(row), max_length, cut=bare[i])]
-    if not places:
+    tokens, learned = _pieces(encoded, "tokens"), _pieces(encoded, "learned")
+    bare = encoded.data.column("bare").to_numpy()
+    owners, starts, stops = _places(tokens.lengths, bare, max_length)
+    if not len(owners):
         raise ValueError(
             f"max_length must leave at least one example, got {max_length} "
-            f"and a shortest example of {min(map(len, tokens), default=0)} tokens"
+            f"and a shortest example of {min(tokens.lengths, default=0)} tokens"
         )
-    masks = [np.append(False, learned[i][part][1:]) if part.start else learned[i][part] for i, part in places]
-    return Encoded([tokens[i][part] for i, part in places], masks, [i for i, _ in places])
+    masks: Sequence[np.ndarray] = learned.parts(owners, starts, stops)
+    if starts.any():  # two pieces share a token, which one of them learns
+        masks = [np.append(False, mask[1:]) for mask in masks]
+    return Encoded(tokens.parts(owners, starts, stops), masks, owners)
 
 
-def _pieces(length: int, max_length: int, *, cut: bool) -> list[slice]:
-    """The whole of a text that is not too long; none of one that is, or pieces that share a token with the next."""
-    if length <= max_length:
-        return [slice(None)]
-    starts = range(0, length - 1, max_length - 1) if cut and max_length > 1 else ()
-    return [slice(start, start + max_length) for start in starts]
+def _places(lengths: np.ndarray, bare: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which example each kept piece is of, and from where to where in it.
+
+    Examples that are not too long are one piece; bare ones are otherwise cut, each piece from the last token of the one
+    before.
+    """
+    fits = lengths <= max_length
+    step = max_length - 1
+    counts = np.where(fits, 1, np.where(bare & (step > 0), -(-(lengths - 1) // max(step, 1)), 0))
+    owners = np.repeat(np.arange(len(lengths)), counts)
+    within = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = within * step
+    return owners, starts, np.minimum(starts + max_length, lengths[owners])
 
 
 def _encode_answer(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int], list[bool]]:
@@ -125,22 +172,75 @@ def _encode_answer(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list
     return before + after, [False, *learned[1:]]
 
 
-def _rows(encoded: datasets.Dataset, name: str) -> list[np.ndarray]:
-    """The rows of a column of lists, as views of the (memory-mapped) column."""
-    rows = []
-    for chunk in encoded.with_format("arrow")[:][name].chunks:
-        offsets = np.asarray(chunk.offsets)
-        values = chunk.values.to_numpy(zero_copy_only=False)
-        rows += [values[start:stop] for start, stop in itertools.pairwise(offsets)]
-    return rows
+def _pieces(encoded: datasets.Dataset, name: str) -> Pieces:
+    """The rows of a column of lists."""
+    values, bounds = [np.zeros(0, bool)], [np.zeros(1, np.int64)]
+    for chunk in encoded.data.column(name).chunks:
+        offsets = np.asarray(chunk.offsets).astype(np.int64)
+        values.append(chunk.values[offsets[0] : offsets[-1]].to_numpy(zero_copy_only=False))
+        bounds.append(offsets[1:] - offsets[0] + bounds[-1][-1])
+    ends = np.concatenate(bounds)
+    return Pieces(np.concatenate(values), ends[:-1], ends[1:])
 
 
-def pad(encoded: Encoded, *, length: int, pad_id: int) -> Arrays:
+class Rows(Sequence[Arrays]):
+    """Rows of equal length, each filled with examples one behind the other; a row is laid out when it is asked for.
+
+    Args:
+        encoded: the examples.
+        order: `(n,)` int, the examples as they follow each other through the rows.
+        bounds: `(rows + 1,)` int, which of them are in a row: `order[bounds[row]:bounds[row + 1]]`.
+        length: tokens per row, at least as many as its examples have.
+        pad_id: fills the rest of a row.
+    """
+
+    def __init__(self, encoded: Encoded, order: np.ndarray, bounds: np.ndarray, *, length: int, pad_id: int):
+        self._encoded, self._order, self._bounds = encoded, order, bounds
+        self._length, self._pad_id = length, pad_id
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, row):
+        if isinstance(row, slice):
+            start, stop, step = row.indices(len(self))
+            if step != 1:
+                raise ValueError(f"rows are taken one after the other, got a slice of step {step}")
+            bounds = self._bounds[start : max(start, stop) + 1]
+            return Rows(self._encoded, self._order, bounds, length=self._length, pad_id=self._pad_id)
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"there are {len(self)} rows, got the index {row}")
+        row %= len(self)
+        arrays = {
+            "tokens": np.full(self._length, self._pad_id, np.int32),
+            "positions": np.zeros(self._length, np.int32),
+            "segment_ids": np.zeros(self._length, np.int32),
+            "loss_mask": np.zeros(self._length, bool),
+        }
+        start = 0
+        for segment, i in enumerate(self._order[self._bounds[row] : self._bounds[row + 1]], start=1):
+            tokens = self._encoded.tokens[i]
+            here = slice(start, start + len(tokens))
+            arrays["tokens"][here] = tokens
+            arrays["positions"][here] = np.arange(len(tokens))
+            arrays["segment_ids"][here] = segment
+            arrays["loss_mask"][here] = self._encoded.learned[i]
+            start = here.stop
+        return arrays
+
+    def arrays(self) -> Arrays:
+        """Returns all rows at once, in arrays `(rows, length)`: 13 bytes a token."""
+        rows = list(self)
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def pad(encoded: Encoded, *, length: int, pad_id: int) -> Rows:
     """Lays out one example per row."""
-    return _fill([[i] for i in range(len(encoded.tokens))], encoded, length, pad_id)
+    count = len(encoded.tokens)
+    return Rows(encoded, np.arange(count), np.arange(count + 1), length=length, pad_id=pad_id)
 
 
-def pack(encoded: Encoded, *, length: int, pad_id: int, open_rows: int = 16) -> Arrays:
+def pack(encoded: Encoded, *, length: int, pad_id: int, open_rows: int = 16) -> Rows:
     """Lays out several examples per row: each goes to the fullest of the open rows that it fits.
 
     Args:
@@ -150,70 +250,38 @@ def pack(encoded: Encoded, *, length: int, pad_id: int, open_rows: int = 16) -> 
         open_rows: number of rows that are filled at a time; more waste less padding.
 
     Returns:
-        The four arrays. Attention and positions do not cross examples when the model is given them.
+        The rows. Attention and positions do not cross examples when the model is given them.
     """
-    rows: list[list[int]] = []
+    row_of = np.empty(len(encoded.tokens), np.int64)
+    rows = 0
     room: list[tuple[int, int]] = []  # (tokens left, row) of the open rows
     for i, tokens in enumerate(encoded.tokens):
-        fitting = [slot for slot in room if slot[0] >= len(tokens)]
+        size = len(tokens)
+        fitting = [slot for slot in room if slot[0] >= size]
         if fitting:
             left, row = min(fitting)
             room.remove((left, row))
         else:
-            left, row = length, len(rows)
-            rows.append([])
+            left, row = length, rows
+            rows += 1
             if len(room) == open_rows:
                 room.remove(min(room))
-        rows[row].append(i)
-        room.append((left - len(tokens), row))
-    return _fill(rows, encoded, length, pad_id)
+        row_of[i] = row
+        room.append((left - size, row))
+    bounds = np.append(0, np.cumsum(np.bincount(row_of, minlength=rows)))
+    return Rows(encoded, np.argsort(row_of, kind="stable"), bounds, length=length, pad_id=pad_id)
 
 
-def _fill(rows: list[list[int]], encoded: Encoded, length: int, pad_id: int) -> Arrays:
-    """The arrays whose row `k` holds the examples `rows[k]`, one behind the other."""
-    shape = (len(rows), length)
-    arrays = {
-        "tokens": np.full(shape, pad_id, np.int32),
-        "positions": np.zeros(shape, np.int32),
-        "segment_ids": np.zeros(shape, np.int32),
-        "loss_mask": np.zeros(shape, bool),
-    }
-    for row, members in enumerate(rows):
-        start = 0
-        for segment, i in enumerate(members, start=1):
-            tokens = encoded.tokens[i]
-            stop = start + len(tokens)
-            arrays["tokens"][row, start:stop] = tokens
-            arrays["positions"][row, start:stop] = np.arange(len(tokens))
-            arrays["segment_ids"][row, start:stop] = segment
-            arrays["loss_mask"][row, start:stop] = encoded.learned[i]
-            start = stop
-    return arrays
-
-
-class _Rows:
-    """The rows of the arrays as a grain source."""
-
-    def __init__(self, arrays: Arrays):
-        self._arrays = arrays
-
-    def __len__(self) -> int:
-        return len(next(iter(self._arrays.values())))
-
-    def __getitem__(self, index):
-        return {name: array[index] for name, array in self._arrays.items()}
-
-
-def batches(arrays: Arrays, *, batch_size: int, seed: int) -> grain.DatasetIterator:
+def batches(rows: Sequence[Arrays], *, batch_size: int, seed: int) -> grain.DatasetIterator:
     """Returns an endless iterator of shuffled batches; every epoch has another order.
 
     Args:
-        arrays: rows from `pack` or `pad`.
+        rows: from `pack` or `pad`.
         batch_size: rows per batch; the last rows of all epochs together fill batches too, so none is short.
         seed: decides the order.
 
     Returns:
         A grain iterator whose state can be saved and restored exactly.
     """
-    rows = grain.MapDataset.source(_Rows(arrays)).shuffle(seed=seed).repeat(None)
-    return iter(rows.batch(batch_size).to_iter_dataset(grain.ReadOptions(num_threads=0)))
+    shuffled = grain.MapDataset.source(rows).shuffle(seed=seed).repeat(None)
+    return iter(shuffled.batch(batch_size).to_iter_dataset(grain.ReadOptions(num_threads=0)))

@@ -143,11 +143,7 @@ class HubTokenizer:
             ValueError: there is no chat template, it fails, it does not render the beginning of a conversation as the
                 beginning of the conversation's rendering, or its assistant turns end in no special token.
         """
-        if self._tokenizer.chat_template is None:
-            raise ValueError(
-                f"the tokenizer of {self._folder} has no chat template, which a data set of conversations needs; "
-                "set data.tokenizer to an instruct model"
-            )
+        self._require_template()
         text, spans = learned_spans(self._render, messages)
         tokens: list[int] = []
         learned: list[bool] = []
@@ -168,11 +164,30 @@ class HubTokenizer:
             learned += [False] * len(before) + [True] * (end + 1)
         return tokens, learned
 
+    def encode_question(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the tokens of a conversation up to where the assistant is to speak next.
+
+        Args:
+            messages: the turns, each with `role` and `content`.
+
+        Raises:
+            ValueError: there is no chat template, or it fails.
+        """
+        self._require_template()
+        return self.encode(self._render(messages, prompt=True))
+
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of tokens, up to the first end token."""
         ids = list(ids)
         end = ids.index(self.eos_id) if self.eos_id in ids else len(ids)
         return self._tokenizer.decode(ids[:end], skip_special_tokens=True)
+
+    def _require_template(self) -> None:
+        if self._tokenizer.chat_template is None:
+            raise ValueError(
+                f"the tokenizer of {self._folder} has no chat template, which conversations need; "
+                "take an instruct model's: data.tokenizer, --tokenizer"
+            )
 
     def _render(self, messages: Sequence[Message], prompt: bool) -> str:
         from jinja2 import TemplateError

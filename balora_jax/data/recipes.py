@@ -4,16 +4,18 @@ Examples have the columns `module`, `prompt` and `answer` (and `choices`), or `m
 """
 
 import difflib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import numpy as np
 
 from balora_jax.data import mathematics, rows
-from balora_jax.data.cache import mapped
+from balora_jax.data.cache import mapped, written
 from balora_jax.data.rows import Reader
 from balora_jax.data.scores import Score, exact_match, same_final_answer
 from balora_jax.data.sources import read_source, split
@@ -104,14 +106,29 @@ def _without_prompts_of(evaluation: datasets.Dataset, train: datasets.Dataset) -
                 yield from batch["prompt"]
 
     held_out = set(prompts(evaluation)) - {""}  # bare text has no prompt, and lines (headings) that recur
-    kept = [i for i, prompt in enumerate(prompts(train)) if prompt not in held_out]
-    return (train if len(kept) == len(train) else train.select(kept)), len(train) - len(kept)
+    kept = np.fromiter((prompt not in held_out for prompt in prompts(train)), bool, len(train))
+    return (train if kept.all() else train.select(np.flatnonzero(kept))), len(train) - int(kept.sum())
 
 
 _TEXT = datasets.Value("string")
 _ANSWERS = {"module": _TEXT, "prompt": _TEXT, "answer": _TEXT}
 _CHOICES = {**_ANSWERS, "choices": datasets.List(_TEXT)}
 _CONVERSATIONS = {"module": _TEXT, "messages": datasets.List({"role": _TEXT, "content": _TEXT})}
+
+
+class Frames(NamedTuple):
+    """How a question and an answer of mathematics are put: what stands around each."""
+
+    prompt: str = "{} "
+    answer: str = "{}"
+
+    def row(self, example: mathematics.Example) -> dict[str, str]:
+        """Returns an example with the columns of recipes."""
+        prompt, answer = self.prompt.format(example.question), self.answer.format(example.answer)
+        return {"module": example.module, "prompt": prompt, "answer": answer}
+
+
+_BARE = Frames()
 
 
 @dataclass(frozen=True)
@@ -188,18 +205,12 @@ def _share(count: int | None, parts: int) -> int | None:
     return None if count is None else -(-count // parts)
 
 
-def as_dataset(examples: list[mathematics.Example], *, prompt: str = "{} ", answer: str = "{}") -> datasets.Dataset:
-    """Returns mathematics examples with the columns of recipes, questions and answers in the given frames."""
-    return datasets.Dataset.from_dict(
-        {
-            "module": [example.module for example in examples],
-            "prompt": [prompt.format(example.question) for example in examples],
-            "answer": [answer.format(example.answer) for example in examples],
-        }
-    )
+def as_dataset(examples: Iterable[mathematics.Example], frames: Frames = _BARE) -> datasets.Dataset:
+    """Returns mathematics examples with the columns of recipes, in memory."""
+    return datasets.Dataset.from_list([frames.row(example) for example in examples], datasets.Features(_ANSWERS))
 
 
-def _mathematics(settings: DataSettings, lay_out: Callable[..., datasets.Dataset] = as_dataset) -> Splits:
+def _mathematics(settings: DataSettings, frames: Frames = _BARE) -> Splits:
     """School mathematics: generated, or the DeepMind Mathematics data set (arXiv 1904.01557) from a folder.
 
     From a folder, training takes `train-easy`, `train-medium` and `train-hard`, evaluation takes `interpolate`.
@@ -209,28 +220,36 @@ def _mathematics(settings: DataSettings, lay_out: Callable[..., datasets.Dataset
             raise ValueError("data.train_examples and data.eval_examples must be numbers where examples are generated")
         modules = settings.modules or mathematics.MODULES
         draw = partial(mathematics.generate, modules, difficulty=settings.difficulty, seed=settings.seed)
-        train = draw(settings.train_examples, split="train")
-        evaluation = draw(settings.eval_examples, split="evaluation")
+        train = as_dataset(draw(settings.train_examples, split="train"), frames)
+        evaluation = as_dataset(draw(settings.eval_examples, split="evaluation"), frames)
     else:
-        evaluation = _read_evenly(settings, ("interpolate",), settings.eval_examples)
-        train = _read_evenly(settings, ("train-easy", "train-medium", "train-hard"), settings.train_examples)
-    return Splits(lay_out(train), lay_out(evaluation), exact_match, {})
+        evaluation = _read_evenly(settings, ("interpolate",), settings.eval_examples, frames)
+        train = _read_evenly(settings, ("train-easy", "train-medium", "train-hard"), settings.train_examples, frames)
+    return Splits(train, evaluation, exact_match, {})
 
 
 def _dm_mathematics(settings: DataSettings) -> Splits:
     """The published files of the DeepMind Mathematics data set, asked as other questions are."""
     if settings.path is None:
         raise ValueError("data.path must be the folder of the published text files for dm_mathematics, got None")
-    return _mathematics(settings, partial(as_dataset, prompt="Question: {}\nAnswer:", answer=" {}"))
+    return _mathematics(settings, Frames("Question: {}\nAnswer:", " {}"))
 
 
-def _read_evenly(settings: DataSettings, splits: tuple[str, ...], count: int | None) -> list[mathematics.Example]:
+def _read_evenly(
+    settings: DataSettings, splits: tuple[str, ...], count: int | None, frames: Frames
+) -> datasets.Dataset:
     """At most `count` published examples, as many from each file."""
     assert settings.path is not None
     names = sorted(path.stem for path in (Path(settings.path) / splits[0]).glob("*.txt"))
     modules = settings.modules or tuple(names)
     per_file = _share(count, max(len(modules) * len(splits), 1))
-    return mathematics.read_folder(settings.path, modules, split=splits, limit=per_file)[:count]
+    read = partial(mathematics.read_folder, settings.path, modules, split=splits, limit=per_file)
+    return written(
+        lambda: map(frames.row, itertools.islice(read(), count)),
+        files=mathematics.list_files(settings.path, modules, split=splits),
+        features=datasets.Features(_ANSWERS),
+        key=("mathematics", modules, splits, count, frames),
+    )
 
 
 RECIPES: dict[str, Callable[[DataSettings], Splits]] = {

@@ -75,9 +75,10 @@ class CharTokenizer:
             ValueError: Always.
         """
         raise ValueError(
-            "the tokenizer of single characters has no chat template, which a data set of conversations needs; "
-            "set `model.path` to the folder of an instruct model"
+            "the tokenizer of single characters has no chat template, which conversations need; take another model's"
         )
+
+    encode_question = encode_conversation
 
     def decode(self, ids: Iterable[int]) -> str:
         """Turn tokens into text, up to the first end token, leaving out padding and begin tokens.

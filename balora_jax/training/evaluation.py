@@ -47,7 +47,7 @@ class EvaluationSet(NamedTuple):
     ) -> "EvaluationSet":
         """Lays out the examples that were kept, in rows as long as the longest of them."""
         length = max(map(len, encoded.tokens))
-        arrays = pad(encoded, length=length, pad_id=tokenizer.pad_id)
+        arrays = pad(encoded, length=length, pad_id=tokenizer.pad_id).arrays()
         columns = examples.select(encoded.kept)[:]
         answers = np.asarray(columns["answer"] if score else [""] * len(encoded.kept))
         return cls(encoded, np.asarray(columns["module"]), answers, arrays, tokenizer, score, columns.get("choices"))
@@ -196,8 +196,8 @@ def choose_answers(program: Program, state: TrainState, examples: EvaluationSet,
             tokens.append(np.concatenate([prompt, ending]).astype(np.int32))
             learned.append(np.arange(len(tokens[-1])) >= len(prompt))
             owners.append(row)
-    rows = Encoded(tokens, learned, list(range(len(tokens))))
-    arrays = pad(rows, length=max(map(len, tokens)), pad_id=examples.tokenizer.pad_id)
+    rows = Encoded(tokens, learned, np.arange(len(tokens)))
+    arrays = pad(rows, length=max(map(len, tokens)), pad_id=examples.tokenizer.pad_id).arrays()
     losses, _ = _losses(program, state, arrays, batch_size)
     owner = np.asarray(owners)
     best = np.stack([losses[:, owner == row].argmin(axis=1) for row in range(len(examples.choices))], axis=1)

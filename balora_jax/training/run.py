@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from balora_jax.data import recipes
-from balora_jax.data.batches import Arrays, batches, encode, pack, pad
+from balora_jax.data.batches import Arrays, Rows, batches, encode, pack, pad
 from balora_jax.data.hub_tokenizer import load_tokenizer
 from balora_jax.data.recipes import DataSettings
 from balora_jax.models import Decoder
@@ -100,7 +100,7 @@ class Trainer:
         self._name, self._members, self._program = name, members, program
         self._directory, self._console = directory, console
         self._config = next(iter(members.values()))
-        self._train_arrays, self._examples, left_out = load_data(self._config.data, self._config.model.path)
+        self._train_rows, self._examples, left_out = load_data(self._config.data, self._config.model.path)
         for reason, count in left_out.items():
             console.print(f"{name}: left out {count} examples {reason}")
         seeds = sorted({member.seed for member in members.values()})
@@ -248,14 +248,14 @@ class Trainer:
         count, rows = self._program.gradient_batches
         found = {}
         for seed in self._iterators if count else ():
-            iterator = batches(self._train_arrays, batch_size=rows, seed=seed)
+            iterator = batches(self._train_rows, batch_size=rows, seed=seed)
             drawn = [next(iterator) for _ in range(count)]
             found[seed] = {name: np.stack([batch[name] for batch in drawn]) for name in drawn[0]}
         return found
 
     def _batches(self, seed: int) -> grain.DatasetIterator:
         settings = self._config.training
-        return batches(self._train_arrays, batch_size=settings.batch_size * settings.accumulate, seed=seed)
+        return batches(self._train_rows, batch_size=settings.batch_size * settings.accumulate, seed=seed)
 
     def _next_batch(self) -> Arrays:
         """Arrays `(members, accumulate, rows, length)`; members of one seed see the same rows."""
@@ -280,7 +280,7 @@ def load_model(settings: ModelSettings) -> Decoder:
 
 
 @cache
-def load_data(settings: DataSettings, model: str = ModelSettings.path) -> tuple[Arrays, EvaluationSet, dict[str, int]]:
+def load_data(settings: DataSettings, model: str = ModelSettings.path) -> tuple[Rows, EvaluationSet, dict[str, int]]:
     """Training rows, evaluation examples, and how many examples were left out, by the reason.
 
     Args:
@@ -302,11 +302,11 @@ def load_data(settings: DataSettings, model: str = ModelSettings.path) -> tuple[
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data: {error}") from error
     lay_out = pack if settings.packing else pad
-    arrays = lay_out(train, length=settings.length, pad_id=tokenizer.pad_id)
+    rows = lay_out(train, length=settings.length, pad_id=tokenizer.pad_id)
     examples = EvaluationSet.build(held_out, splits.evaluation, tokenizer, score=splits.score)
-    long = len(splits.train) - len(set(train.kept)) + len(splits.evaluation) - len(set(held_out.kept))
+    long = len(splits.train) - len(np.unique(train.kept)) + len(splits.evaluation) - len(np.unique(held_out.kept))
     left_out = {**splits.left_out, **({f"of more than {settings.length} tokens": long} if long else {})}
-    return arrays, examples, left_out
+    return rows, examples, left_out
 
 
 def _program(name: str, members: Mapping[str, Config]) -> Program:

@@ -19,8 +19,8 @@ Expected:  evaluation loss in the paper, by rank:
 Hardware:  one GPU of 80 GB; `balora-jax estimate` prints the memory. Not run here
 Chosen:    of these runs the paper gives a billion tokens, no cells, and the authors' configs are lost. Three learning
            rates around each method's best cell on the instruction sets, two seeds; packed rows, so that a billion
-           tokens are 30,517 steps; 25 million questions, about as many tokens, all held in the host's memory
-           (--data.train-examples for fewer, which are then repeated)
+           tokens are 30,517 steps; 25 million questions, about as many tokens: an hour on two cores to tokenise, once,
+           and 6 GB of the host's memory (--data.train-examples for fewer, which are then repeated)
 Differs:   the base is bfloat16. The scale is A_scaling squared at every rank; the authors' code has 8 / rank of it.
            BaLoRA is theirs: raw SVD factors, Adam's moments as they are
 """

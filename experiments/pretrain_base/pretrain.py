@@ -70,9 +70,9 @@ def endless(batch_size: int, seed: int):
     while True:
         examples = generate(MODULES, CHUNK, difficulty=DIFFICULTY, seed=seed + chunk, split="train")
         encoded = encode(as_dataset(examples), tokenizer, max_length=LENGTH)
-        arrays = pack(encoded, length=LENGTH, pad_id=tokenizer.pad_id)
-        iterator = batches(arrays, batch_size=batch_size, seed=chunk)
-        for _ in range(len(arrays["tokens"]) // batch_size):
+        rows = pack(encoded, length=LENGTH, pad_id=tokenizer.pad_id)
+        iterator = batches(rows, batch_size=batch_size, seed=chunk)
+        for _ in range(len(rows) // batch_size):
             yield next(iterator)
         chunk += 1
 
@@ -115,7 +115,7 @@ def main():
     tokenizer = CharTokenizer()
     held_out = generate(MODULES, 2000, difficulty=DIFFICULTY, seed=0, split="evaluation")
     encoded = encode(as_dataset(held_out), tokenizer, max_length=LENGTH)
-    held_out_arrays = pad(encoded, length=LENGTH, pad_id=tokenizer.pad_id)
+    held_out_arrays = pad(encoded, length=LENGTH, pad_id=tokenizer.pad_id).arrays()
 
     @jax.jit
     def evaluate_batch(params, batch):

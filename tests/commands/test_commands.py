@@ -1,11 +1,13 @@
 """What the commands for adapters do and print, end to end on a tiny model; and their mistakes in one line."""
 
+import dataclasses
 import io
 import json
 import re
 import shutil
 import sys
 
+import chat_tokenizers
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,9 +16,12 @@ from safetensors.numpy import load_file, save_file
 from balora_jax.adapters import LowRank, load_adapters, read_peft, write_peft
 from balora_jax.adapters.peft import from_modules
 from balora_jax.cli import _COMMANDS, main
+from balora_jax.commands import generate
 from balora_jax.commands.generate import _said
 from balora_jax.data.tokenizer import CharTokenizer
-from balora_jax.models.weights import load_decoder
+from balora_jax.models import Decoder
+from balora_jax.models.config_json import read_config
+from balora_jax.models.weights import load_decoder, save_decoder
 
 DOWN = "base_model.model.model.layers.1.mlp.down_proj"
 
@@ -176,6 +181,26 @@ def test_generate_draws_tokens_at_a_temperature(model_folder, capsys):
     assert len({said(), said(*hot), said(*hot, "--seed", "1")}) == 3
 
 
+def test_generate_asks_by_the_chat_template(model_folder, tmp_path, capsys, monkeypatch):
+    size = chat_tokenizers.write(tmp_path, **chat_tokenizers.FAMILIES["qwen"])
+    save_decoder(Decoder(dataclasses.replace(read_config(model_folder), vocab_size=size), rngs=nnx.Rngs(0)), tmp_path)
+    asked = "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+
+    def said(*options):
+        call("generate", tmp_path, "--max-new-tokens", "6", "--prompt", *options)
+        return capsys.readouterr().out
+
+    chat = said("hello", "--chat", "--system", "be kind")
+    assert said(asked) == asked + chat.removeprefix("hello\n")
+
+    def repeated(model, tokenizer, prompts, **options):
+        return [tokenizer._tokenizer.decode(prompt) for prompt in prompts]
+
+    monkeypatch.setattr(generate, "continuations", repeated)
+    assert said("hello", "--chat", "--system", "be kind") == f"hello\n{asked}\n"
+    assert said("hello") == "hellohello\n"
+
+
 def test_continuation_keeps_the_space_before_it():
     class Words:
         def decode(self, ids):
@@ -282,6 +307,10 @@ def test_mistakes_of_evaluate_and_generate(model_folder, config_file, fails, mon
     assert "printable ASCII" in fails("generate", model_folder, "--prompt", "π")
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
     assert "the standard input holds no texts" in fails("generate", model_folder)
+    assert "--chat: the tokenizer of single characters has no chat template" in fails(
+        "generate", model_folder, "--prompt", "x", "--chat"
+    )
+    assert "--system needs --chat" in fails("generate", model_folder, "--prompt", "x", "--system", "be kind")
 
 
 def test_usage_names_every_command(capsys):

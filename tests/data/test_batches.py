@@ -39,21 +39,21 @@ def texts_of(arrays):
 @pytest.mark.parametrize("lay_out", [pack, pad])
 def test_every_text_is_there_once_with_its_answer_marked(lay_out):
     data = examples(200)
-    arrays = lay_out(encode(data, TOKENIZER, max_length=32), length=32, pad_id=TOKENIZER.pad_id)
+    arrays = lay_out(encode(data, TOKENIZER, max_length=32), length=32, pad_id=TOKENIZER.pad_id).arrays()
     expected = sorted(zip(data["prompt"][:], data["answer"][:], strict=True))
     assert sorted(texts_of(arrays)) == expected
     assert all(array.shape == (len(arrays["tokens"]), 32) for array in arrays.values())
 
 
 def test_packing_wastes_little():
-    arrays = pack(encode(examples(500), TOKENIZER, max_length=64), length=64, pad_id=0)
+    arrays = pack(encode(examples(500), TOKENIZER, max_length=64), length=64, pad_id=0).arrays()
     assert (arrays["segment_ids"] > 0).mean() > 0.9
 
 
 def test_too_long_examples_are_counted_not_cut():
     data = datasets.Dataset.from_dict({"prompt": ["ab", "abcdefgh"], "answer": ["c", "d"]})
     encoded = encode(data, TOKENIZER, max_length=6)
-    assert encoded.kept == [0]
+    assert encoded.kept.tolist() == [0]
     with pytest.raises(ValueError, match="max_length must leave at least one example, got 4"):
         encode(data, TOKENIZER, max_length=4)
 
@@ -74,8 +74,20 @@ def test_bare_texts_are_cut_and_every_token_is_learned_once(length):
             assert encoded.tokens[before][-1] == encoded.tokens[after][0]
 
 
+def test_rows_can_be_taken_apart():
+    rows = pack(encode(examples(100), TOKENIZER, max_length=32), length=32, pad_id=TOKENIZER.pad_id)
+    arrays = rows.arrays()
+    some = rows[3:7]
+    assert len(some) == 4
+    np.testing.assert_array_equal(some.arrays()["tokens"], arrays["tokens"][3:7])
+    np.testing.assert_array_equal(some[-1]["positions"], arrays["positions"][6])
+    for index in (len(rows), -len(rows) - 1):
+        with pytest.raises(IndexError, match=f"there are {len(rows)} rows, got the index {index}"):
+            rows[index]
+
+
 def numbered(count):
-    return {"tokens": np.arange(count)[:, None], "other": 10 * np.arange(count)[:, None]}
+    return [{"tokens": np.array([i]), "other": np.array([10 * i])} for i in range(count)]
 
 
 def drawn(iterator, count):

@@ -107,7 +107,7 @@ def test_a_prompt_has_the_tokens_that_it_has_when_the_model_is_asked(tokenizers)
     tokenizer = tokenizers["qwen"]
     chat = turns(("user", "how many?"), ("assistant", "\n12"))
     tokens, learned = tokenizer.encode_conversation(chat)
-    prompt = tokenizer.encode(tokenizer._render(chat[:1], True))
+    prompt = tokenizer.encode_question(chat[:1])
     assert tokenizer.encode("\n\n") != 2 * tokenizer.encode("\n"), "this tokenizer merges new lines"
     assert tokens[: len(prompt)] == prompt
     assert learned.index(True) == len(prompt)
@@ -237,3 +237,5 @@ def test_models_without_tokenizer_files():
     assert isinstance(load_tokenizer("school-math"), CharTokenizer)
     with pytest.raises(ValueError, match="has no chat template"):
         load_tokenizer("school-math").encode_conversation(turns(*CHAT))
+    with pytest.raises(ValueError, match="has no chat template"):
+        load_tokenizer("school-math").encode_question(turns(*CHAT[:1]))

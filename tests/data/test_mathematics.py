@@ -156,14 +156,14 @@ def published(tmp_path):
 
 
 def test_read_folder(published):
-    examples = read_folder(published, ["numbers__gcd"], split=("interpolate", "train-easy"), limit=2)
+    examples = list(read_folder(published, ["numbers__gcd"], split=("interpolate", "train-easy"), limit=2))
     assert examples[:2] == [
         Example("numbers__gcd", "In interpolate?", "1"),
         Example("numbers__gcd", "And?", "2"),
     ]
     assert [example.question for example in examples[2:]] == ["In train-easy?", "And?"]
-    assert len(read_folder(str(published), ["numbers__gcd"], split="train-easy")) == 3
-    assert read_folder(published, ["numbers__gcd"], split="train-easy", limit=0) == []
+    assert len(list(read_folder(str(published), ["numbers__gcd"], split="train-easy"))) == 3
+    assert list(read_folder(published, ["numbers__gcd"], split="train-easy", limit=0)) == []
 
 
 @pytest.mark.parametrize(
@@ -183,5 +183,5 @@ def test_read_folder(published):
 )
 def test_read_folder_errors(published, folder, module, split, error, message):
     with pytest.raises(error) as raised:
-        read_folder(published / folder, [module], split=split)
+        list(read_folder(published / folder, [module], split=split))
     assert message in str(raised.value)

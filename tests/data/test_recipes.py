@@ -7,7 +7,9 @@ import published_rows as published
 import pytest
 from published_rows import rows, write
 
+from balora_jax.data import cache as cache_module
 from balora_jax.data import recipes
+from balora_jax.data.mathematics import published as mathematics_files
 from balora_jax.data.recipes import DataSettings, load
 from balora_jax.data.scores import exact_match, same_final_answer
 
@@ -73,6 +75,22 @@ def test_published_files_by_the_same_name(mathematics):
     assert asked.train[0]["answer"] == f" {splits.train[0]['answer']}"
     everything = load(dataclasses.replace(settings, train_examples=None, eval_examples=None))
     assert (len(everything.train), len(everything.evaluation)) == (2 * 3 * 9 - 1, 19)
+
+
+def test_published_files_are_read_once(mathematics, cache, monkeypatch):
+    settings = DataSettings(path=str(mathematics), train_examples=30, eval_examples=8)
+    first = load(settings)
+    assert first.train.cache_files, "it lies on disk, and not in memory"
+    monkeypatch.setattr(mathematics_files, "_read_file", lambda *arguments: pytest.fail("read again"))
+    assert load(settings).train[:] == first.train[:]
+    monkeypatch.undo()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache.parent)
+    file = mathematics / "train-easy" / "algebra__linear_1d.txt"
+    file.write_text("Another?\n" + file.read_text().split("\n", 1)[1])
+    assert load(settings).train[0]["prompt"] == "Another? ", "other content, other cache"
+    file.write_text("Another?\n7\nAnd?\n")
+    with pytest.raises(ValueError, match=r"linear_1d\.txt, line 3: a question without an answer"):
+        load(settings)
 
 
 FIRST = {
@@ -271,6 +289,30 @@ def test_work_is_done_once(tmp_path, cache, monkeypatch):
     write(file, rows(published.metamathqa, 12, 100))
     assert read("metamathqa", file, eval_examples=3).train[:] != one.train[:], "other content, other cache"
     assert len(calls) == 24
+
+
+def test_interrupted_work_goes_on_at_its_shard(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(cache_module, "_SHARD", 5)
+    seen = []
+
+    def doubled(batch):
+        if 17 in batch["x"] and 17 not in seen:
+            seen.append(17)
+            raise RuntimeError("killed")
+        seen.extend(batch["x"])
+        return {"y": [2 * x for x in batch["x"] if x != 3]}
+
+    def work():
+        features = datasets.Features({"y": datasets.Value("int32")})
+        return cache_module.mapped(numbers, doubled, features=features, key="doubled", description="Doubling")
+
+    write(tmp_path / "x.jsonl", [{"x": x} for x in range(22)])
+    numbers = datasets.load_dataset("json", data_files=str(tmp_path / "x.jsonl"), split="train")
+    with pytest.raises(RuntimeError, match="killed"):
+        work()
+    assert len(list(cache.glob("*.arrow"))) == len(list(cache.iterdir())) == 3
+    assert work()["y"][:] == [2 * x for x in range(22) if x != 3]
+    assert seen == [*range(15), 17, *range(15, 22)]
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_run_leaves_loss_and_score(recipe, config, qwen, files, tmp_path):
 def test_packed_conversations_are_learned_as_alone(qwen, files):
     """Rows hold the same tokens and the same masks packed and padded, with positions from 0 for each."""
     packed, alone = (
-        load_data(settings(files, "alpaca", packing=packing, length=300), qwen)[0] for packing in (True, False)
+        load_data(settings(files, "alpaca", packing=packing, length=300), qwen)[0].arrays() for packing in (True, False)
     )
     assert len(packed["tokens"]) < len(alone["tokens"]) / 2
 
@@ -106,7 +106,7 @@ def test_packed_conversations_are_learned_as_alone(qwen, files):
 
 def test_nothing_is_predicted_across_texts_of_a_row(qwen, files):
     """Lines have no prompt and this tokenizer no first token: what begins a line has nothing to be predicted from."""
-    arrays = load_data(settings(files, "wikitext"), qwen)[0]
+    arrays = load_data(settings(files, "wikitext"), qwen)[0].arrays()
     starts = (arrays["positions"] == 0) & (arrays["segment_ids"] > 0)
     assert arrays["segment_ids"].max() > 1
     assert not arrays["loss_mask"][starts].any()
@@ -117,12 +117,12 @@ def test_a_text_that_is_cut_is_not_left_out(qwen, files):
     whole, _, _ = load_data(settings(files, "wikitext"), qwen)
     cut, examples, left_out = load_data(settings(files, "wikitext", length=5), qwen)
     assert left_out == {}
-    assert cut["loss_mask"].sum() == whole["loss_mask"].sum()
+    assert cut.arrays()["loss_mask"].sum() == whole.arrays()["loss_mask"].sum()
     assert examples.arrays["tokens"].shape[1] == 5
 
 
 def test_conversations_need_a_chat_template(config, files):
-    with pytest.raises(ConfigError, match="has no chat template, which a data set of conversations needs"):
+    with pytest.raises(ConfigError, match="has no chat template, which conversations need"):
         load_data(settings(files, "alpaca"), config.model.path)
 
 
@@ -136,7 +136,7 @@ def test_another_models_tokenizer_can_be_taken(qwen, files, tmp_path):
     with pytest.raises(ConfigError, match=r"model\.path: .*base holds no tokenizer\.json"):
         load_data(settings(files, "alpaca"), str(base))
     found, expected = (
-        load_data(settings(files, "alpaca", tokenizer=tokenizer), model)[0]
+        load_data(settings(files, "alpaca", tokenizer=tokenizer), model)[0].arrays()
         for model, tokenizer in ((str(base), str(instruct)), (qwen, None))
     )
     for name in expected:
@@ -150,15 +150,15 @@ def test_another_models_tokenizer_can_be_taken(qwen, files, tmp_path):
 def test_tokens_are_cached(qwen, files, monkeypatch, tmp_path):
     from balora_jax.data.hub_tokenizer import HubTokenizer
 
-    arrays = load_data.__wrapped__(settings(files, "alpaca"), qwen)[0]
+    arrays = load_data.__wrapped__(settings(files, "alpaca"), qwen)[0].arrays()
 
     def unexpected(*arguments):
         raise AssertionError("tokenised again")
 
     monkeypatch.setattr(HubTokenizer, "encode_conversation", unexpected)
     again = load_data.__wrapped__(settings(files, "alpaca", length=300, packing=False), qwen)
-    assert len(again[0]["tokens"]) == 18, "the long example fits now"
-    same = load_data.__wrapped__(settings(files, "alpaca"), qwen)[0]
+    assert len(again[0]) == 18, "the long example fits now"
+    same = load_data.__wrapped__(settings(files, "alpaca"), qwen)[0].arrays()
     assert all((same[name] == arrays[name]).all() for name in arrays)
     shutil.copy(files / "alpaca.jsonl", tmp_path / "copy.jsonl")  # another file of the same rows
     load_data.__wrapped__(settings(files, "alpaca", path=str(tmp_path / "copy.jsonl")), qwen)

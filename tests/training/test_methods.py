@@ -40,13 +40,12 @@ def trained(request, config):
     adapter = dataclasses.replace(config.adapter, alpha=1.5)
     members = [config, dataclasses.replace(config, seed=5, adapter=adapter, optimizer=slower)]
     program = Program(config, load_decoder(config.model.path))
-    arrays, _, _ = load_data(config.data)
-    batch = {name: jnp.asarray(rows[:4])[None] for name, rows in arrays.items()}
+    rows, _, _ = load_data(config.data)
+    batch = {name: jnp.asarray(x)[None] for name, x in rows[:4].arrays().items()}
 
     count, size = program.gradient_batches
-    gradient = {
-        name: jnp.asarray(rows[: count * size]).reshape(count, size, rows.shape[1]) for name, rows in arrays.items()
-    }
+    drawn = rows[: max(count * size, 1)].arrays()
+    gradient = {name: jnp.asarray(x[: count * size]).reshape(count, size, x.shape[1]) for name, x in drawn.items()}
 
     def begin(members):
         return program.initial_state(members, {member.seed: gradient for member in members})

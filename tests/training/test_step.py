@@ -21,8 +21,8 @@ from balora_jax.training.step import Program, named_key, token_losses
 
 def batch_of(config, rows, micro=1):
     """The first rows of the training data, `(accumulate, rows, length)`."""
-    arrays, _, _ = load_data(config.data)
-    return {k: jnp.asarray(v[: rows * micro]).reshape(micro, rows, -1) for k, v in arrays.items()}
+    arrays = load_data(config.data)[0][: rows * micro].arrays()
+    return {k: jnp.asarray(v).reshape(micro, rows, -1) for k, v in arrays.items()}
 
 
 @functools.cache

@@ -6,7 +6,7 @@ difficulty from 1 to 8: about the number of digits in arithmetic, and of items, 
 """
 
 from balora_jax.data.mathematics.generation import MODULES, Example, generate
-from balora_jax.data.mathematics.published import read_folder
+from balora_jax.data.mathematics.published import list_files, read_folder
 from balora_jax.data.mathematics.split import is_evaluation_question
 
-__all__ = ["MODULES", "Example", "generate", "is_evaluation_question", "read_folder"]
+__all__ = ["MODULES", "Example", "generate", "is_evaluation_question", "list_files", "read_folder"]

@@ -1,7 +1,8 @@
 """Reading the published files of the Mathematics dataset."""
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from balora_jax.data.mathematics.generation import Example
@@ -13,8 +14,8 @@ def read_folder(
     *,
     split: str | Sequence[str],
     limit: int | None = None,
-) -> list[Example]:
-    """Read examples from the published dataset, unpacked.
+) -> Iterator[Example]:
+    """Read examples from the published dataset, unpacked, file after file as they are asked for.
 
     The folder holds one sub-folder per split, such as `train-easy`, `train-medium`, `train-hard`,
     `interpolate` and `extrapolate`, each with a file `<module>.txt` of alternating lines of questions and
@@ -31,39 +32,44 @@ def read_folder(
 
     Raises:
         FileNotFoundError: If the folder, a sub-folder or the file of a module is missing.
-        ValueError: If a file has a question without an answer, or `limit` is negative.
+        ValueError: If `limit` is negative, or, when it is reached, a file has a question without an answer.
     """
+    files = list_files(path, modules, split=split)
     if limit is not None and limit < 0:
         raise ValueError(f"`limit` must be None or at least 0, got {limit!r}")
+    return (example for file in files for example in _read_file(file, limit))
+
+
+def list_files(path: str | os.PathLike[str], modules: Sequence[str], *, split: str | Sequence[str]) -> list[Path]:
+    """List the files that `read_folder` reads, in its order; arguments and errors are the same."""
     root = Path(path)
     splits = (split,) if isinstance(split, str) else tuple(split)
     names = (modules,) if isinstance(modules, str) else tuple(modules)
     _require_folder(root, root.parent)
-    examples: list[Example] = []
+    files = []
     for part in splits:
         _require_folder(root / part, root)
         for name in names:
-            examples.extend(_read_file(root / part / f"{name}.txt", name, limit))
-    return examples
+            file = root / part / f"{name}.txt"
+            if not file.is_file():
+                raise FileNotFoundError(f"no file {file} for module {name!r}; {_listing(file.parent)}")
+            files.append(file)
+    return files
 
 
-def _read_file(path: Path, module: str, limit: int | None) -> list[Example]:
+def _read_file(path: Path, limit: int | None) -> Iterator[Example]:
     """Read the first `limit` examples of one file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path} for module {module!r}; {_listing(path.parent)}")
-    examples: list[Example] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if limit is not None and len(examples) >= limit:
-                break
-            if number % 2:
-                question = line.rstrip("\r\n")
-            else:
-                examples.append(Example(module, question, line.rstrip("\r\n")))
-        else:
-            if number % 2:
-                raise ValueError(f"{path}, line {number}: a question without an answer, as the lines are odd in number")
-    return examples
+    with path.open(encoding="utf-8") as file:
+        lines = (line.rstrip("\r\n") for line in file)
+        for number in itertools.count() if limit is None else range(limit):
+            question, answer = next(lines, None), next(lines, None)
+            if question is None:
+                return
+            if answer is None:
+                raise ValueError(
+                    f"{path}, line {2 * number + 1}: a question without an answer, as the lines are odd in number"
+                )
+            yield Example(path.stem, question, answer)
 
 
 def _require_folder(folder: Path, parent: Path) -> None:
