@@ -100,7 +100,7 @@ def test_shipped_base_knows_its_easy_modules():
     settings = recipes.DataSettings(modules=("comparison__sort", "numbers__place_value"), eval_examples=60)
     splits = recipes.load(settings)
     encoded = encode(splits.evaluation, CharTokenizer(), max_length=128)
-    arrays = pad(encoded, length=80, pad_id=CharTokenizer().pad_id)
+    arrays = pad(encoded, length=80, pad_id=CharTokenizer().pad_id).arrays()
     losses, mask = jax.jit(lambda: token_losses(load_decoder("school-math"), arrays))()
     assert np.sum(losses) / np.sum(mask) < 0.1
 

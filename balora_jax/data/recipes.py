@@ -36,8 +36,9 @@ class DataSettings:
         eval_examples: largest number of evaluation examples; None for all of a published evaluation split. A data set
             without such a split holds this number out from training.
         eval_split: the published split to evaluate on; None for `validation` where there is one, otherwise `test`.
-        length: tokens per row; longer examples are left out, and counted, but bare texts are cut into pieces.
-        packing: whether several examples share a row in training.
+        length: most tokens of a row; longer examples are left out, and counted, but bare texts are cut into pieces.
+        packing: whether several examples share a row of this length in training. Otherwise rows are as long as the
+            longest example, rounded up to a multiple of 64.
         seed: of the draw of the examples; the same for all runs that are compared.
     """
 

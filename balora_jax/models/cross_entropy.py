@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.custom_derivatives import SymbolicZero
 
 from balora_jax.models.decoder import Decoder, head_logits
+from balora_jax.sharding import entries_at
 
 _LOGITS_AT_ONCE = {"cpu": 2**20}
 """Logits that are worth computing at once on a backend: 4 MiB, which a CPU's cache holds; on others 2^26 or 256 MiB, of
@@ -55,7 +55,9 @@ def _losses(head: nnx.Module, width: int, hidden: jax.Array, labels: jax.Array) 
 
 
 def _piece(head, hidden, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(head_logits(head, hidden), labels)
+    logits = head_logits(head, hidden)
+    logits -= jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    return jax.nn.logsumexp(logits, -1) - entries_at(logits, labels)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 2))
@@ -87,8 +89,7 @@ def _losses_and_gradients(head, width, hidden, labels):
         highest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
         exponentials = jnp.exp(logits - highest)
         total = exponentials.sum(-1, keepdims=True)
-        of_label = jnp.take_along_axis(logits, labels[..., None], -1)
-        losses = (jnp.log(total) - (of_label - highest))[..., 0]
+        losses = jnp.log(total[..., 0]) - (entries_at(logits, labels) - highest[..., 0])
         is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
         return losses, *backward(exponentials / total - is_label)
 

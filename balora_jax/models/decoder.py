@@ -9,6 +9,7 @@ from flax import nnx
 
 from balora_jax.models.attention import grouped_attention
 from balora_jax.rematerialisation import KEEP_MARKED, KEEP_NOTHING, keep
+from balora_jax.sharding import rows_at
 
 SIZES = (
     "vocab_size",
@@ -271,7 +272,8 @@ class Decoder(nnx.Module):
 
         block = nnx.remat(block, policy=KEEP_NOTHING if self.config.remat else KEEP_MARKED, prevent_cse=False)
         scan = nnx.scan(block, in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0))
-        x, kept = scan(self.embed_tokens(tokens), self.layers, past)
+        x = rows_at(self.embed_tokens.embedding[...], tokens).astype(self.config.dtype)
+        x, kept = scan(x, self.layers, past)
         if cache is not None:
             cache = Cache(kept[0], kept[1], key_segments, cache.length + length)
         return self.norm(x), cache

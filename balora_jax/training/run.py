@@ -262,7 +262,7 @@ class Trainer:
         settings = self._config.training
         by_seed = {seed: next(iterator) for seed, iterator in self._iterators.items()}
         rows = [by_seed[member.seed] for member in self._members.values()]
-        shape = (len(rows), settings.accumulate, settings.batch_size, self._config.data.length)
+        shape = (len(rows), settings.accumulate, settings.batch_size, -1)
         return {name: np.stack([row[name] for row in rows]).reshape(shape) for name in rows[0]}
 
 
@@ -277,6 +277,9 @@ def load_model(settings: ModelSettings) -> Decoder:
         return load_decoder(settings.path, dtype=settings.dtype, param_dtype=settings.param_dtype, remat=settings.remat)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"model.path: {error}") from error
+
+
+_LENGTH_MULTIPLE = 64
 
 
 @cache
@@ -301,8 +304,12 @@ def load_data(settings: DataSettings, model: str = ModelSettings.path) -> tuple[
         )
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data: {error}") from error
-    lay_out = pack if settings.packing else pad
-    rows = lay_out(train, length=settings.length, pad_id=tokenizer.pad_id)
+    if settings.packing:
+        rows = pack(train, length=settings.length, pad_id=tokenizer.pad_id)
+    else:  # no longer than they must be, in multiples that devices like
+        longest = max(map(len, train.tokens))
+        length = min(settings.length, -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
+        rows = pad(train, length=length, pad_id=tokenizer.pad_id)
     examples = EvaluationSet.build(held_out, splits.evaluation, tokenizer, score=splits.score)
     long = len(splits.train) - len(np.unique(train.kept)) + len(splits.evaluation) - len(np.unique(held_out.kept))
     left_out = {**splits.left_out, **({f"of more than {settings.length} tokens": long} if long else {})}

@@ -7,10 +7,13 @@ Command:   balora-jax run configs/paper/table5.py --method balora
 Item:      table 5 of arXiv 2605.31484
 Model:     Qwen/Qwen2.5-3B from the hub, or --model.path FOLDER
 Data:      MetaMathQA, 100,000 questions of 395,000; 1,000 others are held out
-Expected:  BaLoRA's evaluation loss is 0.144 in the paper; runs here also report how many answers are right
+Expected:  BaLoRA's evaluation loss is 0.144 in the paper; its other numbers are not at hand. Runs here also report
+           how many answers are right
 Hardware:  one GPU of 80 GB; `balora-jax estimate` prints the memory: the 100 runs of a method are trained together, one
            after the other at each step, and each adds its state, 0.14 GB. Not run here: the authors gave each run two
            H100 and at most 20 hours
+Time:      reckoned, for an H100 at 40 % of its peak and six operations a parameter and token: at most 1.3
+           hours a run
 Chosen:    one epoch, counted in rows; one seed (--seed 1 --output ANOTHER for more)
 Differs:   the base is bfloat16, the authors load it in float32 (--model.dtype float32 --model.param-dtype float32).
            BaLoRA is theirs: raw SVD factors, Adam's moments as they are. Rows are not packed, so that a step has 32

@@ -17,6 +17,7 @@ Expected:  evaluation loss in the paper, by rank:
     reflora    1.027  1.023  1.024  1.027  1.032
     balora     1.026  1.020  1.017  1.015  1.014
 Hardware:  one GPU of 80 GB; `balora-jax estimate` prints the memory. Not run here
+Time:      reckoned, for an H100 at 40 % of its peak and six operations a parameter and token: 13 hours a run
 Chosen:    of these runs the paper gives a billion tokens, no cells, and the authors' configs are lost. Three learning
            rates around each method's best cell on the instruction sets, two seeds; packed rows, so that a billion
            tokens are 30,517 steps; 25 million questions, about as many tokens: an hour on two cores to tokenise, once,

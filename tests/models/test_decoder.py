@@ -7,6 +7,7 @@ import optax
 import pytest
 from decoder_reference import CONFIGS, SIZES, random_decoder, reference_logits
 from flax import nnx
+from processes import run_alone
 
 from balora_jax.adapters import add_adapters
 from balora_jax.models import Decoder, DecoderConfig
@@ -247,3 +248,52 @@ def test_fresh_layers_have_weights_of_their_own():
     model = Decoder(DecoderConfig(**sizes, **heads, num_hidden_layers=2), rngs=nnx.Rngs(0))
     kernels = [v[...] for path, v in nnx.to_flat_state(nnx.state(model.layers)) if path[-1] == "kernel"]
     assert len(np.unique(np.concatenate(kernels), axis=0)) == 7 * 2
+
+
+def test_rows_and_vocabulary_may_be_sharded():
+    """Losses and gradients are those of one device, under meshes with automatic and with explicit axes."""
+    run_alone(
+        """
+        import jax, numpy as np
+        from flax import nnx
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+        from balora_jax.adapters import add_adapters
+        from balora_jax.models import Decoder, DecoderConfig
+        from balora_jax.training.step import token_losses
+
+        jax.config.update("jax_disable_most_optimizations", True)  # to compile is most of the work
+        tokens = np.random.default_rng(0).integers(0, 20, (4, 9))
+        ones = np.ones_like(tokens)
+        batch = {"tokens": tokens, "positions": np.cumsum(ones, 1) - 1, "segment_ids": ones, "loss_mask": ones > 0}
+        vocabulary = {"embed_tokens": P("y", None), "lm_head": P(None, "y")}
+        sizes = dict(vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+        heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+        for tied in (True, False):
+            model = Decoder(DecoderConfig(**sizes, **heads, tie_word_embeddings=tied), rngs=nnx.Rngs(0))
+            add_adapters(model, targets=["q_proj", "down_proj"], rank=2, rngs=nnx.Rngs(1))
+            graph, factors, rest = nnx.split(model, nnx.LoRAParam, ...)
+
+            @jax.jit
+            def losses_and_gradients(factors, rest, batch):
+                def losses(factors):
+                    return token_losses(nnx.merge(graph, factors, rest, copy=True), batch)[0]
+
+                value, backward = jax.vjp(losses, factors)
+                return value, backward(jax.numpy.cos(value))
+
+            expected = losses_and_gradients(factors, rest, batch)
+            for kind in (AxisType.Auto, AxisType.Explicit) if tied else (AxisType.Explicit,):
+                mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind, kind))
+                with jax.set_mesh(mesh):
+                    for rows, tables in ((P("x"), vocabulary), (P(), vocabulary) if tied else (P("x"), {})):
+                        def put(path, x):
+                            return jax.device_put(x, NamedSharding(mesh, tables.get(path[0].key, P())))
+
+                        weights = jax.tree_util.tree_map_with_path(put, rest)
+                        there = jax.device_put(batch, NamedSharding(mesh, rows))
+                        found = losses_and_gradients(jax.device_put(factors, NamedSharding(mesh, P())), weights, there)
+                        for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+                            np.testing.assert_allclose(one, other, atol=1e-5)
+        """,
+        flags="--xla_force_host_platform_device_count=4",
+    )

@@ -97,6 +97,9 @@ def test_packed_conversations_are_learned_as_alone(qwen, files):
         return sorted(found)
 
     assert texts(packed) == texts(alone)
+    longest = max(len(tokens) for tokens, _ in texts(alone))
+    assert packed["tokens"].shape[1] == 300
+    assert longest <= alone["tokens"].shape[1] == -(-longest // 64) * 64 < 300
     tokenizer = load_tokenizer(qwen)
     tokens, mask = texts(alone)[0]
     said = tokenizer.decode(np.asarray(tokens)[mask])
