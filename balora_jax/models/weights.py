@@ -200,6 +200,9 @@ class _Tensors:
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
         listed = {} if (folder / WEIGHTS).is_file() else _read_index(folder)
         for path in sorted({folder / file for file in listed.values()} or {folder / WEIGHTS}):
+            if not path.is_file() and listed:
+                first = next(name for name, file in listed.items() if file == path.name)
+                raise FileNotFoundError(f"{path} does not exist, in which {INDEX} has the tensor {first} and others")
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     if listed and listed.get(name) != path.name:
@@ -262,7 +265,22 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is broken or not a safetensors file: {error}") from error
+        cut = _first_tensor_cut_off(path)
+        what = f": it ends before the end of the tensor {cut}" if cut else f" or not a safetensors file: {error}"
+        raise ValueError(f"{path} is broken{what}") from error
+
+
+def _first_tensor_cut_off(path: Path) -> str | None:
+    """The first tensor of a file's header that reaches beyond the file's end; None if there is none, or no header."""
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size
+        try:
+            header = json.loads(file.read(start - 8)) if start <= size else {}
+            ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+            return next((name for name in sorted(ends, key=ends.__getitem__) if start + ends[name] > size), None)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            return None
 
 
 def _read_index(folder: Path) -> dict[str, str]:

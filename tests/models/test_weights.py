@@ -161,7 +161,11 @@ def test_damaged_weights_in_several_files_are_refused(tmp_path):
     refused({name: f for name, f in files.items() if name != QUERY}, f"{file} holds the tensor {QUERY}, which {index}")
     refused({**files, QUERY: other}, f"{file} holds the tensor {QUERY}, which {index}")
     refused({**files, "extra": other}, f"{tmp_path / other} lacks the tensor extra, which {index}")
-    refused({**files, QUERY: "absent.safetensors"}, r"absent\.safetensors does not exist", FileNotFoundError)
+    refused(
+        {**files, QUERY: "absent.safetensors"},
+        r"absent\.safetensors does not exist, .* tensor .*q_proj",
+        FileNotFoundError,
+    )
     refused({}, "weight_map must give the file of each tensor, got {}")
     refused({**files, QUERY: 3}, "weight_map must give the file of each tensor")
     (tmp_path / index).write_text("{}")
@@ -303,6 +307,18 @@ def test_a_truncated_file_is_refused(kept, tmp_path):
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"model\.safetensors is broken"):
         load_decoder(tmp_path)
+
+
+def test_the_tensor_at_which_a_file_is_cut_off_is_named(tmp_path):
+    path = saved(tmp_path) / "model.safetensors"
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:start])
+    name = "model.layers.1.mlp.up_proj.weight"
+    for kept in (header[name]["data_offsets"][0], header[name]["data_offsets"][1] - 1):
+        path.write_bytes(whole[: start + kept])
+        with pytest.raises(ValueError, match=rf"model\.safetensors is broken: .* tensor {name}$"):
+            load_decoder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
