@@ -1,11 +1,14 @@
 """Work on a data set that is done once and found again on disk."""
 
 import hashlib
+import os
+import tempfile
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 
 import datasets
 import pyarrow
+from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher
 
 _FORMAT = 2
@@ -15,13 +18,6 @@ _SHARD = 10_000
 """Rows that are worked on between two files, of which there are at most `_SHARDS`."""
 
 _SHARDS = 100
-
-
-def cache_folder() -> Path:
-    """Returns the folder of what is cached, and makes it if it is missing."""
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "balora_jax"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def mapped(
@@ -36,8 +32,8 @@ def mapped(
 
     The cache is the folder `balora_jax` in that of `datasets` (environment variable `HF_DATASETS_CACHE`). A large data
     set is worked on shard by shard, with a file for each, so that a call that was interrupted is gone on with. The
-    files are named by a hash of their rows and the key, and written whole or not at all. Data sets that lie in memory
-    are worked on in memory.
+    files are named by a hash of their rows and the key, and written whole or not at all; one that has been damaged
+    since is made anew. Data sets that lie in memory are worked on in memory.
 
     Args:
         examples: the data set.
@@ -49,27 +45,29 @@ def mapped(
     Returns:
         The data set of the new columns.
     """
-    if not examples.cache_files:
+    if not examples.cache_files or not len(examples):
         return datasets.Dataset.from_dict(function(examples[:]), features=features)
     size = max(_SHARD, -(-len(examples) // _SHARDS))
-    shards = [
-        _mapped(examples.select(range(start, min(start + size, len(examples)))), function, features, key, description)
-        for start in range(0, len(examples), size)
-    ]
-    return datasets.concatenate_datasets(shards)
 
+    def shard(start: int) -> datasets.Dataset:
+        rows = examples.select(range(start, min(start + size, len(examples))))
 
-def _mapped(examples: datasets.Dataset, function, features: datasets.Features, key: Hashable, description: str):
-    fingerprint = Hasher.hash((_digest(examples), key, _FORMAT))
-    return examples.map(
-        function,
-        batched=True,
-        remove_columns=examples.column_names,
-        features=features,
-        new_fingerprint=fingerprint,
-        cache_file_name=str(cache_folder() / f"{fingerprint}.arrow"),
-        desc=description,
-    )
+        rows_and_key = _digest(rows), key
+
+        def write(path: str) -> None:
+            rows.map(
+                function,
+                batched=True,
+                remove_columns=rows.column_names,
+                features=features,
+                cache_file_name=path,
+                new_fingerprint=Hasher.hash(rows_and_key),  # lest the function be hashed, which may hold anything
+                desc=description,
+            )
+
+        return _kept(rows_and_key, write)
+
+    return datasets.concatenate_datasets([shard(start) for start in range(0, len(examples), size)])
 
 
 def written(
@@ -85,27 +83,36 @@ def written(
 
     Returns:
         The data set of the rows, which lies on disk.
-
-    Raises:
-        ValueError: the rows cannot be made.
     """
-    contents = []
-    for file in files:
-        with file.open("rb") as content:
-            contents.append(hashlib.file_digest(content, "sha256").hexdigest())
 
-    def generate():
-        yield from rows()
+    def write(path: str) -> None:
+        with ArrowWriter(features=features, path=path) as writer:
+            for row in rows():
+                writer.write(row)
+            writer.finalize()
 
-    try:
-        return datasets.Dataset.from_generator(
-            generate,
-            features=features,
-            cache_dir=str(cache_folder()),
-            fingerprint=Hasher.hash((contents, key, _FORMAT)),
-        )
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(str(error.__cause__ or error)) from error
+    return _kept(([_sha256(file) for file in files], key), write)
+
+
+def _kept(key: Hashable, write: Callable[[str], None]) -> datasets.Dataset:
+    """The data set in the file of a key; if it is missing, or not as it was written, it is written by the function."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "balora_jax"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{Hasher.hash((key, _FORMAT))}.arrow"
+    seal = file.with_suffix(".sha256")
+    if not (file.is_file() and seal.is_file() and seal.read_text() == _sha256(file)):
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            new_file, new_seal = Path(temporary) / file.name, Path(temporary) / seal.name
+            write(str(new_file))
+            new_seal.write_text(_sha256(new_file))
+            os.replace(new_file, file)
+            os.replace(new_seal, seal)
+    return datasets.Dataset.from_file(str(file))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _digest(examples: datasets.Dataset) -> str:

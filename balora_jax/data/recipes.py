@@ -168,8 +168,7 @@ class Published:
             for source, target in zip(drawn, (train, evaluation), strict=True):
                 target.append(self._examples(source, module))
                 unusable += len(source) - len(target[-1])
-        both = datasets.concatenate_datasets(train), datasets.concatenate_datasets(evaluation)
-        return Splits(*both, self.score, {"without a question or an answer": unusable})
+        return Splits(_joined(train), _joined(evaluation), self.score, {"without a question or an answer": unusable})
 
     def _parts(self, settings: DataSettings) -> list[str] | list[None]:
         """The configurations to read; None for a place that is not divided into them."""
@@ -200,6 +199,11 @@ class Published:
             raise ValueError(f"rows of {module} must have the column {error}, got the columns {columns}") from error
         except TypeError as error:
             raise ValueError(f"rows of {module} have columns of other types than those published: {error}") from error
+
+
+def _joined(parts: list[datasets.Dataset]) -> datasets.Dataset:
+    """The rows of all parts, which may all be empty."""
+    return datasets.concatenate_datasets([part for part in parts if len(part)]) if any(map(len, parts)) else parts[0]
 
 
 def _share(count: int | None, parts: int) -> int | None:

@@ -1,6 +1,7 @@
 """Where published data sets lie, and which of their rows are for training and which for evaluation."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import datasets
@@ -36,11 +37,12 @@ def read_source(path: str | None, *, hub: str | None, part: str | None) -> dict[
     if place.is_file():
         if place.suffix not in _FORMATS:
             raise ValueError(f"data.path must be of one of the types {', '.join(_FORMATS)}, got {place}")
-        return _load(str(place), _FORMATS[place.suffix], data_files=str(place))
+        return _load(str(place), _FORMATS[place.suffix], data_files=str(place), **_reading([place]))
     if not place.is_dir():
         raise FileNotFoundError(f"data.path: there is no file or folder {place}")
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
-        saved = datasets.load_from_disk(place)
+        with _explained(str(place)):
+            saved = datasets.load_from_disk(place)
         return dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     files = [file for file in sorted(place.rglob("*")) if file.suffix in _FORMATS]
     if not files:
@@ -49,15 +51,29 @@ def read_source(path: str | None, *, hub: str | None, part: str | None) -> dict[
             f"data.path: {place} must hold files of the types {', '.join(_FORMATS)}, or be made by save_to_disk; "
             f"it holds {names}"
         )
-    return _load(str(place), str(place))
+    return _load(str(place), str(place), **_reading(files))
+
+
+def _reading(files: Sequence[Path]) -> dict[str, bool]:
+    """Options of the loader. In CSV, texts such as None and NA are texts."""
+    return {"keep_default_na": False} if {file.suffix for file in files} == {".csv"} else {}
 
 
 def _load(what: str, *arguments, **keywords) -> dict[str, datasets.Dataset]:
-    try:
+    with _explained(what):
         return dict(datasets.load_dataset(*arguments, **keywords))
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Says which data set could not be got or read."""
+    try:
+        yield
+    except (StopIteration, IndexError) as error:  # from `datasets`, which expects none
+        raise ValueError(f"cannot read {what}: a file or a split of it is empty") from error
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise FileNotFoundError(f"cannot get {what} from the Hub ({error}); set data.path to a copy of it") from error
-    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(f"cannot read {what}: {error.__cause__ or error}") from error
 
 

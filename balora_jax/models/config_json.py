@@ -97,13 +97,21 @@ def _config(fields: dict[str, Any]) -> DecoderConfig:
         if not isinstance(fields.get(name), dict | None):
             raise ValueError(f"{name} must be an object, got {fields[name]!r}")
     # transformers 5 writes rope_parameters, with the base in it; 4 wrote rope_scaling and rope_theta beside it
-    rope = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
+    given = [fields[name] for name in ("rope_parameters", "rope_scaling") if fields.get(name)]
+    scalings = [_rope_scaling(rope) for rope in given]
+    if len(set(scalings)) > 1:
+        raise ValueError(
+            f"rope_scaling and rope_parameters must agree where both are there, got {given[1]} and {given[0]}"
+        )
+    theta = next((rope["rope_theta"] for rope in given if "rope_theta" in rope), fields.get("rope_theta", 10_000.0))
+    if isinstance(theta, bool) or not isinstance(theta, int | float):
+        raise ValueError(f"rope_theta must be a number, got {theta!r}")
     return DecoderConfig(
         **{name: fields[name] for name in _SAME_NAME},
         **_FAMILIES[family],
         head_dim=fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"],
-        rope_theta=float(rope.get("rope_theta", fields.get("rope_theta", 10_000.0))),
-        rope_scaling=_rope_scaling(rope),
+        rope_theta=float(theta),
+        rope_scaling=scalings[0] if scalings else None,
         sliding_window=fields.get("sliding_window") if family == "mistral" else None,
         tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
     )

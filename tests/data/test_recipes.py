@@ -1,5 +1,6 @@
 """Data sets by name, from small files of the published formats."""
 
+import collections
 import dataclasses
 
 import datasets
@@ -245,6 +246,17 @@ def test_repeated_questions_are_not_in_both_splits(tmp_path):
     assert len(splits.train) + splits.left_out["that are also evaluation examples"] == 24
 
 
+def test_texts_in_csv_that_look_like_missing_values(tmp_path):
+    texts = ["None", "NA", "nan", "null", ""]
+    (tmp_path / "files").mkdir()
+    file = tmp_path / "files" / "train.csv"
+    write(file, [{"instruction": text, "input": "", "output": "x"} for text in texts] * 2)
+    for place in (file, file.parent):
+        splits = read("alpaca", place, eval_examples=4)
+        asked = {messages[0]["content"] for messages in [*splits.train["messages"], *splits.evaluation["messages"]]}
+        assert asked == set(texts[:-1]), "but for the empty one"
+
+
 def test_own_splits_are_kept(tmp_path):
     write(tmp_path / "main" / "train-00000-of-00001.parquet", rows(published.gsm8k, 20))
     write(tmp_path / "main" / "test-00000-of-00001.parquet", rows(published.gsm8k, 9, 50))
@@ -269,6 +281,10 @@ def test_the_split_to_evaluate_on_can_be_chosen(tmp_path):
         load(DataSettings(eval_split="test"))
 
 
+def files_in(folder):
+    return dict(collections.Counter(file.suffix for file in folder.iterdir()))
+
+
 def test_work_is_done_once(tmp_path, cache, monkeypatch):
     calls = []
 
@@ -283,7 +299,7 @@ def test_work_is_done_once(tmp_path, cache, monkeypatch):
     file = write(tmp_path / "x.jsonl", rows(published.metamathqa, 12))
     one = read("metamathqa", file, eval_examples=3)
     assert len(calls) == 12
-    assert len(list(cache.glob("*.arrow"))) == len(list(cache.iterdir())) == 2
+    assert files_in(cache) == {".arrow": 2, ".sha256": 2}
     assert read("metamathqa", file, eval_examples=3).train[:] == one.train[:]
     assert len(calls) == 12, "the second time nothing is read"
     write(file, rows(published.metamathqa, 12, 100))
@@ -310,9 +326,18 @@ def test_interrupted_work_goes_on_at_its_shard(tmp_path, cache, monkeypatch):
     numbers = datasets.load_dataset("json", data_files=str(tmp_path / "x.jsonl"), split="train")
     with pytest.raises(RuntimeError, match="killed"):
         work()
-    assert len(list(cache.glob("*.arrow"))) == len(list(cache.iterdir())) == 3
+    assert files_in(cache) == {".arrow": 3, ".sha256": 3}
     assert work()["y"][:] == [2 * x for x in range(22) if x != 3]
     assert seen == [*range(15), 17, *range(15, 22)]
+    file = sorted(cache.glob("*.arrow"))[2]
+    whole = file.read_bytes()
+    for damaged in (whole[:-40], whole[: len(whole) // 2], b"", whole[:-40] + 32 * b"x" + whole[-8:]):
+        file.write_bytes(damaged)
+        assert work()["y"][:] == [2 * x for x in range(22) if x != 3]
+        assert file.read_bytes() == whole
+    assert len(seen) - 23 in (4 * 5, 4 * 2), "only what is damaged is done again"
+    numbers = numbers.select([])
+    assert len(work()) == 0
 
 
 @pytest.mark.parametrize(
@@ -327,6 +352,9 @@ def test_interrupted_work_goes_on_at_its_shard(tmp_path, cache, monkeypatch):
         ({"path": "empty"}, FileNotFoundError, "must hold files of the types .* it holds notes.md"),
         ({"path": "broken.parquet"}, ValueError, "cannot read broken.parquet"),
         ({"path": "broken.json"}, ValueError, "cannot read broken.json"),
+        ({"path": "void.jsonl"}, ValueError, r"cannot read void\.jsonl: a file or a split of it is empty"),
+        ({"path": "cut"}, ValueError, "cannot read cut: "),
+        ({"path": "nothing"}, ValueError, "cannot read nothing: a file or a split of it is empty"),
         ({"path": "rows.jsonl", "eval_examples": None}, ValueError, r"number below that of the rows \(12\).*got None"),
         ({"path": "rows.jsonl", "eval_examples": 12}, ValueError, r"number below that of the rows \(12\).*got 12"),
         ({"path": "rows.jsonl", "recipe": "alpaca"}, ValueError, "must have the column 'instruction', got .*query"),
@@ -346,6 +374,12 @@ def test_errors_name_what_is_wrong(settings, error, message, tmp_path, monkeypat
     (tmp_path / "empty" / "notes.md").write_text("")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     (tmp_path / "broken.json").write_text('[{"query": 1')
+    (tmp_path / "void.jsonl").write_text("")
+    some = datasets.Dataset.from_list(rows(published.metamathqa, 12))
+    some.save_to_disk(tmp_path / "cut")
+    (arrow,) = (tmp_path / "cut").glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:-400])
+    datasets.DatasetDict(train=some, validation=some.select([])).save_to_disk(tmp_path / "nothing")
     write(tmp_path / "rows.jsonl", rows(published.metamathqa, 12))
     write(tmp_path / "turns.json", [{"conversations": [{"from": "tool", "value": "1"}]}] * 3)
     write(tmp_path / "flat.csv", [{"conversations": "hello"}] * 3)

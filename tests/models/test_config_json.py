@@ -18,6 +18,7 @@ PLAIN = {
     "rms_norm_eps": 1e-6,
 }
 SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+DEFAULT = {"rope_type": "default", "rope_theta": 500}
 PLAIN_CONFIG = DecoderConfig(
     **SIZES, num_attention_heads=4, num_key_value_heads=4, head_dim=4, tie_word_embeddings=False
 )
@@ -97,6 +98,13 @@ def test_read_config(fields, changes, tmp_path):
         ({"num_hidden_layers": "2"}, "num_hidden_layers must be an integer, got '2'"),
         ({"vocab_size": 98.5}, "vocab_size must be an integer, got 98.5"),
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number, got '1e-6'"),
+        ({"rope_parameters": DEFAULT, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "llama3 or absent, got 'yarn'"),
+        (
+            {"rope_parameters": DEFAULT, "rope_scaling": {"type": "llama3", **SCALING}},
+            "rope_scaling and rope_parameters must agree where both are there",
+        ),
+        ({"rope_theta": None}, "rope_theta must be a number, got None"),
+        ({"rope_parameters": {**DEFAULT, "rope_theta": "5"}}, "rope_theta must be a number, got '5'"),
         ({"rope_parameters": [1]}, r"rope_parameters must be an object, got \[1\]"),
         ({"rope_scaling": {"rope_type": "llama3", **SCALING, "factor": "8"}}, "factor must be a number, got '8'"),
         *[({name: ABSENT}, f"the field {name} is missing") for name in (*SIZES, "num_attention_heads", "rms_norm_eps")],
