@@ -39,7 +39,7 @@ commands:
       add a PEFT adapter to the weights of its base, in Hugging Face's format
   evaluate CONFIG [--adapter ADAPTER] [--field.name VALUE ...]
       measure loss and accuracy of a model on the data of a config
-  generate MODEL [--adapter ADAPTER] [--prompt TEXT ...] [--max-new-tokens N]
+  generate MODEL [--adapter ADAPTER] [--chat] [--prompt TEXT ...] [--max-new-tokens N]
       continue texts
 
 Every field of the config can be set: balora-jax run CONFIG --help lists them. The others have --help too.

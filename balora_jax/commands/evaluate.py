@@ -36,11 +36,11 @@ def report(config: Config, sweep: Sweep, adapter: Path | None, console: Console)
     check(config)
     peft = None
     if adapter is not None:
-        with explained("ADAPTER"):
+        with explained("--adapter"):
             peft = read_peft(adapter)
     model = load_model(config.model)
     if peft is not None:
-        with explained("ADAPTER"):
+        with explained("--adapter"):
             load_adapters(model, peft)
     examples = load_data(config.data, config.model.path)[1]
     program = cast(Program, Single(model))  # as much of one as an evaluation uses

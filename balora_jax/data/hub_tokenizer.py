@@ -135,6 +135,8 @@ class HubTokenizer:
 
         Every assistant turn is learned with its end token, and nothing else. The text is cut where turns begin, so that
         a prompt has the tokens that it has when the model is asked; what follows the last learned token is left out.
+        (Text of an earlier turn that a tokenizer would join with the template's around it stays cut, such as a new line
+        at its beginning.)
 
         Args:
             messages: the turns, each with `role` and `content`.

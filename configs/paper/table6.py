@@ -7,7 +7,8 @@ Model:     the config.json of meta-llama/Llama-3.2-3B, or of --model.path FOLDER
            the authors' script takes by default, there is no decoder here
 Data:      GSM8K, as in table3.py; none is read for an estimate
 Expected:  BaLoRA needs what LoRA needs: the projection adds r x r matrices alone. The paper's numbers are not at hand
-Hardware:  any; the estimate is the compiler's for the device at hand, and some seconds of compiling for each method
+Hardware:  any; the estimate is the compiler's for the device at hand
+Time:      some seconds of compiling for each method
 Chosen:    batch and length are those of the authors' script, without accumulation
 Differs:   the base is bfloat16 with rematerialisation, theirs float32 without: --model.dtype float32
            --model.param-dtype float32 --model.no-remat. The start of LoRA-GA, before the first step, is not estimated

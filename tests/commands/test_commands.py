@@ -266,7 +266,7 @@ def test_mistakes_of_adapters_and_models(adapter, model_folder, config_file, fai
     for arguments in (["inspect", out], ["balance", out, other], ["merge", model_folder, out, other]):
         assert f"ADAPTER: {out}/adapter_config.json does not exist" in fails(*arguments)
     assert "--adapter: " in fails("generate", model_folder, "--adapter", out, "--prompt", "x")
-    assert "ADAPTER: " in fails("evaluate", config_file, "--adapter", out)
+    assert "--adapter: " in fails("evaluate", config_file, "--adapter", out)
     assert "MODEL: nowhere must be a model folder" in fails("merge", "nowhere", adapter, out)
     shutil.copytree(adapter, other)
     tensors = load_file(other / "adapter_model.safetensors")
