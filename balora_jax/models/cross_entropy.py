@@ -57,7 +57,7 @@ def _losses(head: nnx.Module, width: int, hidden: jax.Array, labels: jax.Array) 
 def _piece(head, hidden, labels):
     logits = head_logits(head, hidden)
     logits -= jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    return jax.nn.logsumexp(logits, -1) - entries_at(logits, labels)
+    return jnp.log(jnp.exp(logits).sum(-1)) - entries_at(logits, labels)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 2))

@@ -201,7 +201,7 @@ class _Tensors:
         listed = {} if (folder / WEIGHTS).is_file() else _read_index(folder)
         for path in sorted({folder / file for file in listed.values()} or {folder / WEIGHTS}):
             if not path.is_file() and listed:
-                first = next(name for name, file in listed.items() if file == path.name)
+                first = next(name for name, file in listed.items() if folder / file == path)
                 raise FileNotFoundError(f"{path} does not exist, in which {INDEX} has the tensor {first} and others")
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)

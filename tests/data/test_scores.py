@@ -70,7 +70,7 @@ from balora_jax.data.scores import exact_match, same_final_answer
                 ("1{,}000", 1000),
                 (r"1,\!000", 1000),
                 (r"\frac{1}{2}", 0.5),
-                (r"\dfrac{1}{2}", r"\frac12".replace("12", "{1}{2}")),
+                (r"\dfrac{1}{2}", r"\frac{1}{2}"),
                 ("1/2", r"\frac{1}{2}"),
                 ("-1/2", "-0.5"),
                 ("20, as 3 = 3", 20),
