@@ -166,7 +166,7 @@ def test_damaged_weights_in_several_files_are_refused(tmp_path):
         r"absent\.safetensors does not exist, .* tensor .*q_proj",
         FileNotFoundError,
     )
-    refused({**files, QUERY: "sub/absent.safetensors"}, r"does not exist, .* tensor .*q_proj", FileNotFoundError)
+    refused({**files, QUERY: "a/absent.safetensors"}, r"does not exist, .* tensor .*q_proj", FileNotFoundError)
     refused({}, "weight_map must give the file of each tensor, got {}")
     refused({**files, QUERY: 3}, "weight_map must give the file of each tensor")
     (tmp_path / index).write_text("{}")
