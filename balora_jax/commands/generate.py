@@ -16,7 +16,7 @@ from tyro.conf import Positional, arg
 from balora_jax.adapters import load_adapters, read_peft
 from balora_jax.commands.arguments import parse
 from balora_jax.commands.folders import explained
-from balora_jax.data.batches import Tokenizer
+from balora_jax.data.batches import Tokenizer, pad_left
 from balora_jax.data.conversations import Message
 from balora_jax.data.hub_tokenizer import load_tokenizer
 from balora_jax.data.tokenizer import CharTokenizer
@@ -135,14 +135,7 @@ def continuations(
     Raises:
         ValueError: a prompt has no tokens.
     """
-    if not all(prompts):
-        raise ValueError("a prompt must have at least one token, got an empty one")
-    length = max(map(len, prompts))
-    tokens = np.full((len(prompts), length), tokenizer.pad_id, np.int32)
-    segment_ids = np.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
-        tokens[row, length - len(prompt) :] = prompt
-        segment_ids[row, length - len(prompt) :] = 1
+    tokens, segment_ids = pad_left(prompts, pad_id=tokenizer.pad_id)
 
     @nnx.jit
     def said(model):

@@ -240,6 +240,30 @@ def pad(encoded: Encoded, *, length: int, pad_id: int) -> Rows:
     return Rows(encoded, np.arange(count), np.arange(count + 1), length=length, pad_id=pad_id)
 
 
+def pad_left(prompts: Sequence[Sequence[int] | np.ndarray], *, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lays out prompts for generation, so that all of them end where it begins.
+
+    Args:
+        prompts: the tokens of each, at least one.
+        pad_id: fills a row before its prompt.
+
+    Returns:
+        Tokens and segment ids, both `(prompts, length of the longest)` int32; the segment is 0 in front of a prompt and
+        1 in it.
+
+    Raises:
+        ValueError: a prompt has no tokens.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if not all(lengths):
+        raise ValueError("a prompt must have at least one token, got an empty one")
+    length = max(lengths)
+    segment_ids = (np.arange(length) >= length - np.array(lengths)[:, None]).astype(np.int32)
+    tokens = np.full_like(segment_ids, pad_id)
+    tokens[segment_ids == 1] = np.concatenate(prompts)
+    return tokens, segment_ids
+
+
 def pack(encoded: Encoded, *, length: int, pad_id: int, open_rows: int = 16) -> Rows:
     """Lays out several examples per row: each goes to the fullest of the open rows that it fits.
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from balora_jax.data.batches import Arrays, Encoded, Tokenizer, pad
+from balora_jax.data.batches import Arrays, Encoded, Tokenizer, pad, pad_left
 from balora_jax.data.scores import Score, exact_match
 from balora_jax.models import Decoder
 from balora_jax.training.step import Program, TrainState
@@ -211,12 +211,7 @@ def generate_answers(
     encoded, tokenizer = examples.encoded, examples.tokenizer
     prompts = _prompts(examples)
     new_tokens = max_new_tokens or max(len(t) - n for t, n in zip(encoded.tokens, encoded.prompt_lengths, strict=True))
-    length = max(map(len, prompts))
-    tokens = np.full((len(prompts), length), tokenizer.pad_id, np.int32)
-    segment_ids = np.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
-        tokens[row, length - len(prompt) :] = prompt
-        segment_ids[row, length - len(prompt) :] = 1
+    tokens, segment_ids = pad_left(prompts, pad_id=tokenizer.pad_id)
 
     @jax.jit
     def generate_all(states, base, tokens, segment_ids):

@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 
-from balora_jax.data.batches import batches, encode, pack, pad
+from balora_jax.data.batches import batches, encode, pack, pad, pad_left
 from balora_jax.data.tokenizer import CharTokenizer
 
 TOKENIZER = CharTokenizer()
@@ -92,6 +92,15 @@ def numbered(count):
 
 def drawn(iterator, count):
     return [next(iterator)["tokens"][:, 0].tolist() for _ in range(count)]
+
+
+def test_prompts_end_together():
+    tokens, segment_ids = pad_left([[5, 6], np.array([7, 9, 8]), [9]], pad_id=9)
+    assert tokens.tolist() == [[9, 5, 6], [7, 9, 8], [9, 9, 9]]
+    assert segment_ids.tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 1]]
+    assert tokens.dtype == segment_ids.dtype == np.int32
+    with pytest.raises(ValueError, match="at least one token"):
+        pad_left([[5], []], pad_id=9)
 
 
 def test_batches_are_full_shuffled_and_keep_rows_together():
