@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +51,13 @@ _PLAIN: dict[str, tuple] = {
     },
 }
 
+_NO_PAIRS = {
+    "target_parameters": "its tensors hold several pairs",
+    "use_bdlora": "its tensors hold several pairs",
+    "kasa_config": "between its factors stands a diagonal",
+}
+"""Fields under which the tensors are not pairs whose product is the update."""
+
 
 class LowRank(NamedTuple):
     """The adapter of one module: `W + scale lora_a lora_b`, and with a magnitude DoRA's.
@@ -76,11 +83,23 @@ class PeftAdapter:
         config: the fields of `adapter_config.json`.
         tensors: by name, in the layout of the file.
         metadata: of the file of tensors.
+
+    Raises:
+        ValueError: a field of the config that names modules or layers has not the form that it must have.
     """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, np.ndarray]
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+
+    def __post_init__(self):
+        for name in ("rank_pattern", "alpha_pattern"):
+            _check(self.config, name, "an object", lambda value: isinstance(value, Mapping), expressions=list)
+        for name in ("target_modules", "exclude_modules"):
+            wanted = "a regular expression or a list of names"
+            _check(self.config, name, wanted, _is_one_or_many(str), expressions=lambda v: [v] * isinstance(v, str))
+        _check(self.config, "layers_to_transform", "a layer's number or a list of them", _is_one_or_many(int))
+        _check(self.config, "layers_pattern", "a name or a list of names", _is_one_or_many(str), expressions=_many)
 
     def modules(self) -> dict[str, LowRank]:
         """Returns the adapter of each module, by its name in the base model.
@@ -108,13 +127,11 @@ class PeftAdapter:
         """Finds the pairs of all kinds of layers, by the names of their modules in order; `read_pairs` reads them.
 
         Raises:
-            ValueError: a tensor is no factor of a matrix, or holds several pairs in one.
+            ValueError: a tensor is no factor of a matrix, or not one of a plain pair.
         """
-        for name in ("target_parameters", "use_bdlora"):
+        for name, why in _NO_PAIRS.items():
             if self.config.get(name):
-                raise ValueError(
-                    f"{CONFIG_FILE}: {name} must not be set, got {self.config[name]!r}: its tensors hold several pairs"
-                )
+                raise ValueError(f"{CONFIG_FILE}: {name} must not be set, got {self.config[name]!r}: {why}")
         pairs = {
             pair.path_a.removeprefix("base_model.model.").rpartition(".lora_")[0]: pair
             for pair in find_pairs(self.tensors)
@@ -143,19 +160,18 @@ class PeftAdapter:
         names, excluded = self.config.get("target_modules"), self.config.get("exclude_modules")
         if names is None:
             return None
-        if names == "all-linear":
+        if isinstance(names, str) and names.lower() == "all-linear":
             names = r"(?!(.*\.)?lm_head$).*"
         layers, pattern = self.config.get("layers_to_transform"), self.config.get("layers_pattern")
-        layers = [layers] if isinstance(layers, int) else layers
-        stack = f"(?:{'|'.join([pattern] if isinstance(pattern, str) else pattern)})" if pattern else r"[^.]*"
+        stack = f"(?:{'|'.join(_many(pattern))})" if pattern else r"[^.]*"
         index = re.compile(rf"(?:.*?\.)?{stack}\.(\d+)\.")
         asked = set()
         for module in modules:
             if not _names(names, module) or (excluded and _names(excluded, module)):
                 continue
-            if layers and not isinstance(names, str):
+            if layers not in (None, []) and not isinstance(names, str):
                 match = index.match(module)
-                if match is None or int(match[1]) not in layers:
+                if match is None or int(match[1]) not in _many(layers):
                     continue
             asked.add(module)
         return asked
@@ -265,7 +281,7 @@ def read_peft(folder: str | Path) -> PeftAdapter:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is broken, or the adapter is not LoRA.
+        ValueError: a file is broken, a field or a tensor has not the form it must have, or the adapter is not LoRA.
     """
     config_file, tensor_file = Path(folder) / CONFIG_FILE, Path(folder) / TENSOR_FILE
     for file in (config_file, tensor_file):
@@ -281,7 +297,7 @@ def read_peft(folder: str | Path) -> PeftAdapter:
         raise ValueError(f"{config_file}: peft_type must be 'LORA', got {config.get('peft_type')!r}")
     try:
         with safe_open(tensor_file, framework="numpy") as tensors:
-            found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+            found = {name: _tensor(tensors, name) for name in tensors.keys()}  # noqa: SIM118
             metadata = tensors.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{tensor_file} is broken or not a safetensors file: {error}") from error
@@ -302,6 +318,41 @@ def write_peft(adapter: PeftAdapter, folder: str | Path) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(dict(adapter.config), indent=2) + "\n")
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in adapter.tensors.items()}
     save_file(tensors, folder / TENSOR_FILE, metadata=dict(adapter.metadata))
+
+
+def _tensor(file: Any, name: str) -> np.ndarray:
+    dtype = file.get_slice(name).get_dtype()
+    if dtype not in ("F64", "F32", "F16", "BF16"):
+        raise ValueError(f"{TENSOR_FILE}: the tensor {name} must be of dtype F32, F16 or BF16, got {dtype}")
+    return file.get_tensor(name)
+
+
+def _check(
+    config: Mapping[str, Any],
+    name: str,
+    wanted: str,
+    fits: Callable[[Any], bool],
+    expressions: Callable[[Any], Iterable[str]] = lambda value: (),
+) -> None:
+    """Raises if a field is set and does not fit, or holds a regular expression that is none."""
+    value = config.get(name)
+    if value is None:
+        return
+    if not fits(value):
+        raise ValueError(f"{CONFIG_FILE}: {name} must be {wanted}, got {value!r}")
+    for expression in expressions(value):
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ValueError(f"{CONFIG_FILE}: {name}: {expression!r} is no regular expression: {error}") from error
+
+
+def _is_one_or_many(kind: type) -> Callable[[Any], bool]:
+    return lambda value: all(isinstance(one, kind) and not isinstance(one, bool) for one in _many(value))
+
+
+def _many(value: Any) -> list:
+    return list(value) if isinstance(value, list | tuple | set) else [value]
 
 
 def _advice(name: str) -> str:

@@ -87,10 +87,15 @@ def load(settings: DataSettings) -> Splits:
         raise ValueError(f"data.eval_split must be None for {settings.recipe}, got {settings.eval_split!r}")
     splits = recipe(settings)
     train, repeated = _without_prompts_of(splits.evaluation, splits.train)
-    if not len(train) or not len(splits.evaluation):
-        raise ValueError(f"{settings.recipe} must have examples to train and to evaluate on, got none")
     left_out = {**splits.left_out, "that are also evaluation examples": repeated}
-    return splits._replace(train=train, left_out={reason: n for reason, n in left_out.items() if n})
+    left_out = {reason: n for reason, n in left_out.items() if n}
+    if not len(train) or not len(splits.evaluation):
+        reasons = "".join(f"; left out: {n} {reason}" for reason, n in left_out.items())
+        raise ValueError(
+            f"{settings.recipe} must have examples to train and to evaluate on, "
+            f"got {len(train)} and {len(splits.evaluation)}{reasons}"
+        )
+    return splits._replace(train=train, left_out=left_out)
 
 
 def _without_prompts_of(evaluation: datasets.Dataset, train: datasets.Dataset) -> tuple[datasets.Dataset, int]:

@@ -1,6 +1,7 @@
 """PEFT folders: names and layouts, round trips through a decoder, and adapters that are refused by name."""
 
 import json
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -201,6 +202,14 @@ def with_tensor(name, shape):
         (without("r"), "lacks the field r,"),
         (with_field(lora_alpha="16"), "lora_alpha must be a number, got '16'"),
         (with_field(alpha_pattern={"down_proj": None}), r"alpha_pattern\['down_proj'\] must be a number, got None"),
+        (with_field(rank_pattern=[["down_proj", 2]]), r"rank_pattern must be an object, got \[\["),
+        (with_field(alpha_pattern={"(up": 2}), r"alpha_pattern: '\(up' is no regular expression"),
+        (with_field(target_modules=3), "target_modules must be a regular expression or a list of names, got 3"),
+        (with_field(target_modules=["up_proj", 3]), "target_modules must be a regular expression or a list of names"),
+        (with_field(target_modules="*up"), "target_modules: .* is no regular expression"),
+        (with_field(exclude_modules="(q"), "exclude_modules: .* is no regular expression"),
+        (with_field(layers_to_transform=["1"]), "layers_to_transform must be a layer's number or a list of them"),
+        (with_field(layers_to_transform=0, layers_pattern=["("]), "layers_pattern: .* is no regular expression"),
         (with_field(r=0), "the rank of .* must be a positive integer, got 0"),
         (with_field(r=4), r"down_proj.lora_A.weight must have shape \(4, in\), got \(3, 24\)"),
         (with_field(rank_pattern={"mlp.down_proj": 2}), r"down_proj.lora_A.weight must have shape \(2, in\)"),
@@ -239,7 +248,20 @@ def test_adapter_that_cannot_be_read_is_refused_by_name(folder, change, message)
     assert not list(iter_adapters(model))
 
 
+@pytest.mark.parametrize("name", ["target_parameters", "use_bdlora", "kasa_config"])
+def test_what_is_no_plain_pair_is_not_taken_for_one(folder, name):
+    adapter = read_peft(folder)
+    assert adapter.pairs()
+    with pytest.raises(ValueError, match=f"{name} must not be set"):
+        replace(adapter, config={**adapter.config, name: {"beta": 1e-4}}).pairs()
+
+
 def test_broken_files_are_refused(folder):
+    entry = {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}
+    header = json.dumps({"layer.lora_A.weight": entry}).encode()
+    (folder / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
+    with pytest.raises(ValueError, match=r"layer.lora_A.weight must be of dtype F32, F16 or BF16, got F8_E4M3"):
+        read_peft(folder)
     (folder / "adapter_model.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"adapter_model.safetensors is broken"):
         read_peft(folder)
