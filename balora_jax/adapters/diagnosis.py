@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from balora_jax.adapters.peft import PeftAdapter
+from balora_jax.adapters.peft import CONFIG_FILE, TENSOR_FILE, PeftAdapter
 from balora_jax.conditioning import factorization_condition_number, least_condition_number
 from balora_jax.pairs import read_pairs
 
@@ -94,6 +94,8 @@ def diagnose_adapter(adapter: PeftAdapter, *, scaled: bool = False) -> dict[str,
     diagnoses = {}
     for name, (a, b) in zip(pairs, read_pairs(adapter.tensors, list(pairs.values())), strict=True):
         try:
+            if "r" in adapter.config and a.shape[-1] != adapter.rank(name):
+                raise ValueError(f"{CONFIG_FILE} gives it the rank {adapter.rank(name)}, {TENSOR_FILE} {a.shape[-1]}")
             diagnoses[name] = diagnose(a[0], b[0], adapter.scale(name) if scaled else 1.0)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error

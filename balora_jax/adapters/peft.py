@@ -31,7 +31,7 @@ _PARTS = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 _PLAIN: dict[str, tuple] = {
     "bias": ("none",),
     "fan_in_fan_out": (False,),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # others have taken something out of the base
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "mica"),  # others take something from the base
     **{
         name: (None, False, [], {})
         for name in (
@@ -138,6 +138,12 @@ class PeftAdapter:
         }
         return {name: pairs[name] for name in sorted(pairs, key=_in_order)}
 
+    @property
+    def takes_from_base(self) -> bool:
+        """Whether the product that the factors started with is taken from the base's weights, as in PiSSA."""
+        name = "init_lora_weights"
+        return self.config.get(name, True) not in _PLAIN[name]
+
     def base_copies(self) -> dict[str, str]:
         """Returns the tensors that are copies of base weights, with their names in the base model.
 
@@ -152,8 +158,19 @@ class PeftAdapter:
         Raises:
             ValueError: a field that decides it is missing or not a number.
         """
-        alpha, rank = self._number("lora_alpha", "alpha_pattern", module), self._rank(module)
+        alpha, rank = self._number("lora_alpha", "alpha_pattern", module), self.rank(module)
         return np.asarray(adapter_scale(alpha, rank, "rslora" if self.config.get("use_rslora") else "lora")).item()
+
+    def rank(self, module: str) -> int:
+        """Returns the rank that the config gives a module, by `r` and its pattern.
+
+        Raises:
+            ValueError: a field that decides it is missing or no positive integer.
+        """
+        rank = self._number("r", "rank_pattern", module)
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"{CONFIG_FILE}: the rank of {module} must be a positive integer, got {rank!r}")
+        return rank
 
     def targets(self, modules: Iterable[str]) -> set[str] | None:
         """Returns those modules of a model that the config asks for; None if it does not say."""
@@ -186,7 +203,7 @@ class PeftAdapter:
                 f"{TENSOR_FILE} holds the tensor {tensor_name(module, _PARTS[2])}, but {CONFIG_FILE} does not set "
                 f"use_dora"
             )
-        rank = self._rank(module)
+        rank = self.rank(module)
         for part, axis in (("lora_A.weight", 0), ("lora_B.weight", 1)):
             shape = parts[part].shape
             if len(shape) != 2 or shape[axis] != rank:
@@ -194,19 +211,18 @@ class PeftAdapter:
                 raise ValueError(
                     f"{TENSOR_FILE}: the tensor {tensor_name(module, part)} must have shape {wanted}, got {shape}"
                 )
+        for part, tensor in parts.items():
+            if not np.isfinite(tensor).all():
+                raise ValueError(
+                    f"{TENSOR_FILE}: the tensor {tensor_name(module, part)} must be finite, got a NaN or an infinity"
+                )
         return LowRank(parts[_PARTS[0]].T, parts[_PARTS[1]].T, self.scale(module), parts.get(_PARTS[2]))
-
-    def _rank(self, module: str) -> int:
-        rank = self._number("r", "rank_pattern", module)
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"{CONFIG_FILE}: the rank of {module} must be a positive integer, got {rank!r}")
-        return rank
 
     def _number(self, name: str, pattern: str, module: str) -> Any:
         """A field's value for a module: that of the first key of its pattern that matches the module's name."""
         value = self.config.get(name)
         if value is None:
-            raise ValueError(f"{CONFIG_FILE} lacks the field {name}, which the scale of the adapter depends on")
+            raise ValueError(f"{CONFIG_FILE} lacks the field {name}, which the adapter depends on")
         for key, special in (self.config.get(pattern) or {}).items():
             if re.match(rf"(.*\.)?({key})$", module):
                 name, value = f"{pattern}[{key!r}]", special
@@ -324,7 +340,10 @@ def _tensor(file: Any, name: str) -> np.ndarray:
     dtype = file.get_slice(name).get_dtype()
     if dtype not in ("F64", "F32", "F16", "BF16"):
         raise ValueError(f"{TENSOR_FILE}: the tensor {name} must be of dtype F32, F16 or BF16, got {dtype}")
-    return file.get_tensor(name)
+    tensor = file.get_tensor(name)
+    if not tensor.size:
+        raise ValueError(f"{TENSOR_FILE}: the tensor {name} must have entries, got the shape {tensor.shape}")
+    return tensor
 
 
 def _check(

@@ -12,7 +12,7 @@ from balora_jax.adapters.adalora import AdaLoRALinear
 from balora_jax.adapters.dora import DoRALinear
 from balora_jax.adapters.lora import LoRALinear, Scaling
 from balora_jax.adapters.model import add_adapters, iter_adapters
-from balora_jax.adapters.peft import TENSOR_FILE, LowRank, PeftAdapter, from_modules, tensor_name
+from balora_jax.adapters.peft import CONFIG_FILE, TENSOR_FILE, LowRank, PeftAdapter, from_modules, tensor_name
 from balora_jax.models import Decoder
 
 _LOW_RANK = LoRALinear, DoRALinear, AdaLoRALinear
@@ -140,6 +140,7 @@ def _check_fit(adapter: PeftAdapter, modules: dict[str, LowRank], places: dict[s
         if name not in places:
             near = difflib.get_close_matches(name, places, n=1)
             hint = f"; the nearest is {near[0]}" if near else ""
+            hint = "; its head is tied to the embedding" if name == "lm_head" else hint
             raise ValueError(
                 f"the tensor {tensor_name(name, 'lora_A.weight')} matches no linear layer of the model{hint}"
             )
@@ -156,7 +157,9 @@ def _check_fit(adapter: PeftAdapter, modules: dict[str, LowRank], places: dict[s
                 )
     targets = adapter.targets(places)
     if targets is None:
-        return
+        raise ValueError(
+            f"{CONFIG_FILE}: target_modules must name the modules, got None: PEFT would choose them by the architecture"
+        )
     if missing := sorted(targets - modules.keys()):
         raise ValueError(
             f"{TENSOR_FILE} lacks the tensor {tensor_name(missing[0], 'lora_A.weight')}, which target_modules asks for"

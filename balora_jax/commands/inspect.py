@@ -48,6 +48,11 @@ def main(arguments: list[str]) -> int:
     Console(width=max(console.width, TABLE_WIDTH)).print(_table(diagnoses))
     if adapter.config.get("use_dora"):
         console.print("DoRA: these are the updates of the direction, before the columns get their magnitudes")
+    if adapter.takes_from_base:
+        console.print(
+            f"{adapter.config['init_lora_weights']}: what the pairs started with has been taken from the base, so that "
+            "these are more than what was learned"
+        )
     if options.figure is not None:
         console.print(f"figure: {options.figure}")
     return 0

@@ -224,6 +224,7 @@ def with_tensor(name, shape):
             lambda config, tensors: [tensors.pop(f"{UP}.lora_{side}.weight") for side in "AB"],
             f"lacks the tensor {UP}.lora_A.weight, which target_modules asks for",
         ),
+        (without("target_modules"), "target_modules must name the modules, got None"),
         (with_field(target_modules=["k_proj"]), f"holds the tensor {UP}.lora_A.weight, but target_modules"),
         (with_field(layers_to_transform=[1, 2]), "holds the tensor .*layers.0.*layers_to_transform leave it out"),
         (
@@ -234,6 +235,11 @@ def with_tensor(name, shape):
             r"layers\.3\.mlp.*matches no linear layer of the model; the nearest is model\.layers\.\d\.mlp\.down_proj",
         ),
         (lambda config, tensors: tensors.clear(), "holds no tensors"),
+        (with_tensor(f"{UP}.lora_A.weight", (0, 24)), f"{UP}.lora_A.weight must have entries, got the shape"),
+        (
+            lambda config, tensors: tensors[f"{UP}.lora_B.weight"].fill(np.inf),
+            f"{UP}.lora_B.weight must be finite, got a NaN or an infinity",
+        ),
     ],
 )
 def test_adapter_that_cannot_be_read_is_refused_by_name(folder, change, message):

@@ -151,6 +151,18 @@ def test_inspect_shows_every_pair_in_order(tmp_path, capsys):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_inspect_says_where_products_are_not_the_updates(tmp_path, capsys):
+    modules = {"h.0.x": LowRank(np.eye(3, 2, dtype=np.float32), np.eye(2, 4, dtype=np.float32), 1.0)}
+    plain = from_modules(modules)
+    for field, value, note in (("use_dora", True, "DoRA: "), ("init_lora_weights", "pissa_niter_4", "pissa_niter_4: ")):
+        write_peft(dataclasses.replace(plain, config={**plain.config, field: value}), tmp_path)
+        call("inspect", tmp_path)
+        assert f"\n{note}" in capsys.readouterr().out
+    write_peft(plain, tmp_path)
+    call("inspect", tmp_path)
+    assert capsys.readouterr().out.rstrip().endswith("balanced pairs attain")
+
+
 def test_generate_continues_every_prompt_with_the_most_likely_tokens(adapter, model_folder, capsys, monkeypatch):
     prompts = ["What is 3 + 4?", "7?"]
     call("generate", model_folder, "--adapter", adapter, "--prompt", *prompts, "--max-new-tokens", "2")
@@ -284,6 +296,12 @@ def test_mistakes_of_adapters_and_models(adapter, model_folder, config_file, fai
     tensors[f"{DOWN}.lora_B.weight"][0, 0] = np.nan
     save_file(tensors, other / "adapter_model.safetensors")
     assert "model.layers.1.mlp.down_proj: lora_a and lora_b must be finite" in fails("balance", other, out)
+    (other / "adapter_config.json").write_text(json.dumps(config))
+    assert f"{DOWN}.lora_B.weight must be finite" in fails("merge", model_folder, other, out)
+    shutil.copyfile(adapter / "adapter_model.safetensors", other / "adapter_model.safetensors")
+    (other / "adapter_config.json").write_text(json.dumps(config | {"r": 7}))
+    for arguments in (["inspect", other], ["balance", other, out]):
+        assert "gives it the rank 7, adapter_model.safetensors 3" in fails(*arguments)
     assert "cannot write the figure" in fails("inspect", adapter, "--figure", tmp_path / "none" / "x.png")
 
 
