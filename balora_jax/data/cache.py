@@ -44,6 +44,9 @@ def mapped(
 
     Returns:
         The data set of the new columns.
+
+    Raises:
+        ValueError: the cache cannot be written.
     """
     if not examples.cache_files or not len(examples):
         return datasets.Dataset.from_dict(function(examples[:]), features=features)
@@ -83,6 +86,9 @@ def written(
 
     Returns:
         The data set of the rows, which lies on disk.
+
+    Raises:
+        ValueError: the cache cannot be written.
     """
 
     def write(path: str) -> None:
@@ -97,11 +103,18 @@ def written(
 def _kept(key: Hashable, write: Callable[[str], None]) -> datasets.Dataset:
     """The data set in the file of a key; if it is missing, or not as it was written, it is written by the function."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "balora_jax"
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{Hasher.hash((key, _FORMAT))}.arrow"
     seal = file.with_suffix(".sha256")
     if not (file.is_file() and seal.is_file() and seal.read_text() == _sha256(file)):
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            place = tempfile.TemporaryDirectory(dir=folder)
+        except OSError as error:
+            raise ValueError(
+                f"the cache {folder} cannot be written ({error.strerror}); set the environment variable "
+                "HF_DATASETS_CACHE to another folder"
+            ) from error
+        with place as temporary:
             new_file, new_seal = Path(temporary) / file.name, Path(temporary) / seal.name
             write(str(new_file))
             new_seal.write_text(_sha256(new_file))

@@ -74,7 +74,10 @@ def _explained(what: str) -> Iterator[None]:
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise FileNotFoundError(f"cannot get {what} from the Hub ({error}); set data.path to a copy of it") from error
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(f"cannot read {what}: {error.__cause__ or error}") from error
+        reason, cache = error.__cause__ or error, str(datasets.config.HF_DATASETS_CACHE)
+        if isinstance(reason, OSError) and cache in str(reason):
+            what = f"{what}, or not write its copy to the cache {cache} (environment variable HF_DATASETS_CACHE)"
+        raise ValueError(f"cannot read {what}: {reason}") from error
 
 
 def split(
