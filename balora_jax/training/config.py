@@ -268,8 +268,8 @@ def check(config: Config) -> None:
         "optimizer.warmup_steps",
         "balance.start_step",
     ):
-        if not get_field(config, name) >= 0:
-            raise ConfigError(f"{name} must be at least 0, got {get_field(config, name)}")
+        if not 0 <= get_field(config, name) < math.inf:
+            raise ConfigError(f"{name} must be at least 0 and finite, got {get_field(config, name)}")
     for name in ("optimizer.b1", "optimizer.b2", "adapter.dropout"):
         if not 0 <= get_field(config, name) < 1:
             raise ConfigError(f"{name} must be at least 0 and below 1, got {get_field(config, name)}")
