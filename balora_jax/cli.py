@@ -1,6 +1,7 @@
 """The command line: `balora-jax COMMAND ...`."""
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,8 @@ Every field of the config can be set: balora-jax run CONFIG --help lists them. T
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code: 0, 2 for a wrong command or config, 130 after an interruption."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # read when JAX first calls LAPACK: threads slow r x r matrices down, by a lot where other programs use the cores
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2

@@ -10,6 +10,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+# As `balora-jax` does. Two processes of tests on two cores would wait for each other's threads otherwise.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import jax
 import pymanopt.manifolds  # noqa: F401
 import pytest
