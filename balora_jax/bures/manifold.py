@@ -77,11 +77,20 @@ def projection(point: Point, direction: Tangent | Ambient) -> Tangent:
     gram_a, gram_b = matmul(a.mT, a), matmul(b, b.mT)
     if isinstance(direction, Tangent):
         _check_direction(point, direction)
-        for _ in range(2):  # the second time for what an ill-conditioned equation left
-            step_a, step_b = direction
-            vertical = sylvester(gram_a, gram_b, matmul(a.mT, step_a) - matmul(step_b, b.mT))
-            direction = Tangent(step_a - matmul(a, vertical), step_b + matmul(vertical, b))
-        return direction
+        passes = 2  # the second for what an ill-conditioned equation left
+    else:
+        direction = _lifted(point, direction, gram_a, gram_b)
+        passes = 1  # for what the inverses of an ill-conditioned point left
+    for _ in range(passes):
+        step_a, step_b = direction
+        vertical = sylvester(gram_a, gram_b, matmul(a.mT, step_a) - matmul(step_b, b.mT))
+        direction = Tangent(step_a - matmul(a, vertical), step_b + matmul(vertical, b))
+    return direction
+
+
+def _lifted(point: Point, direction: Ambient, gram_a: jax.Array, gram_b: jax.Array) -> Tangent:
+    """The horizontal lift of the orthogonal projection of a direction of the matrix onto the tangent space."""
+    a, b = point
     forth, back = _times(point, direction)
     core = matmul(a.mT, forth)
     # A^T xi B^T = P K + K Q for K = A^T dA = dB B^T
