@@ -125,6 +125,15 @@ def measure(rank: int, rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
+def processor() -> str:
+    """The name of the processor, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
+
+
 def main() -> None:
     """Prints the table, and records it where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,7 +146,7 @@ def main() -> None:
         work(arguments.work, arguments.ranks[0])
         return
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "torch", "peft"))
-    lines = [f"cpu, {len(os.sched_getaffinity(0))} cores, {versions}, `{' '.join(['python', *sys.argv])}`", ""]
+    lines = [f"{processor()}, {len(os.sched_getaffinity(0))} cores, {versions}, `{' '.join(['python', *sys.argv])}`", ""]
     lines += ["| rank | balora_jax, tokens / s | PEFT, tokens / s | ratio |", "|---|---|---|---|"]
     for rank in arguments.ranks:
         seconds = measure(rank, arguments.rounds)
