@@ -146,7 +146,8 @@ def main() -> None:
         work(arguments.work, arguments.ranks[0])
         return
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "torch", "peft"))
-    lines = [f"{processor()}, {len(os.sched_getaffinity(0))} cores, {versions}, `{' '.join(['python', *sys.argv])}`", ""]
+    device = f"{processor()}, {len(os.sched_getaffinity(0))} cores"
+    lines = [f"{device}, {versions}, `{' '.join(['python', *sys.argv])}`", ""]
     lines += ["| rank | balora_jax, tokens / s | PEFT, tokens / s | ratio |", "|---|---|---|---|"]
     for rank in arguments.ranks:
         seconds = measure(rank, arguments.rounds)
