@@ -26,6 +26,7 @@ _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)"
 )
 _BASE_COPY = re.compile(r"base_model\.model\.(?P<module>lm_head|model\.embed_tokens)(\.base_layer)?\.weight")
+_READABLE = re.compile(r"BOOL|BF16|F(16|32|64)|[IU](8|16|32|64)")  # dtypes that NumPy has, or ml_dtypes gives it
 _PARTS = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 # What would change the meaning of the factors, with the values under which it does not.
 _PLAIN: dict[str, tuple] = {
@@ -332,16 +333,16 @@ def write_peft(adapter: PeftAdapter, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(dict(adapter.config), indent=2) + "\n")
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in adapter.tensors.items()}
+    tensors = {name: np.asarray(tensor, order="C") for name, tensor in adapter.tensors.items()}
     save_file(tensors, folder / TENSOR_FILE, metadata=dict(adapter.metadata))
 
 
 def _tensor(file: Any, name: str) -> np.ndarray:
     dtype = file.get_slice(name).get_dtype()
-    if dtype not in ("F64", "F32", "F16", "BF16"):
+    if not _READABLE.fullmatch(dtype):
         raise ValueError(f"{TENSOR_FILE}: the tensor {name} must be of dtype F32, F16 or BF16, got {dtype}")
     tensor = file.get_tensor(name)
-    if not tensor.size:
+    if ".lora_" in name and not tensor.size:
         raise ValueError(f"{TENSOR_FILE}: the tensor {name} must have entries, got the shape {tensor.shape}")
     return tensor
 

@@ -262,6 +262,17 @@ def test_what_is_no_plain_pair_is_not_taken_for_one(folder, name):
         replace(adapter, config={**adapter.config, name: {"beta": 1e-4}}).pairs()
 
 
+def test_tensors_of_whole_modules_stay_as_they_are(folder, tmp_path):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    others = {"base_model.model.norm.steps": np.array(7), "base_model.model.norm.none": np.zeros((0, 2), bool)}
+    save_file(tensors | others, folder / "adapter_model.safetensors")
+    write_peft(read_peft(folder), tmp_path)
+    found = read_peft(tmp_path).tensors
+    for name, tensor in others.items():
+        assert (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype)
+        np.testing.assert_array_equal(found[name], tensor)
+
+
 def test_broken_files_are_refused(folder):
     entry = {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}
     header = json.dumps({"layer.lora_A.weight": entry}).encode()

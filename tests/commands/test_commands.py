@@ -11,6 +11,7 @@ import chat_tokenizers
 import numpy as np
 import pytest
 from flax import nnx
+from processes import run_alone
 from safetensors.numpy import load_file, save_file
 
 from balora_jax.adapters import LowRank, load_adapters, read_peft, write_peft
@@ -329,6 +330,19 @@ def test_mistakes_of_evaluate_and_generate(model_folder, config_file, fails, mon
         "generate", model_folder, "--prompt", "x", "--chat"
     )
     assert "--system needs --chat" in fails("generate", model_folder, "--prompt", "x", "--system", "be kind")
+
+
+def test_lapack_is_told_of_one_thread_before_it_is_loaded():
+    run_alone(
+        """
+        import sys
+        from balora_jax.cli import main
+        os.environ.pop("OPENBLAS_NUM_THREADS", None)
+        assert main(["--help"]) == 0
+        assert os.environ["OPENBLAS_NUM_THREADS"] == "1"
+        assert "scipy.linalg" not in sys.modules, "its OpenBLAS has read the variable"
+        """
+    )
 
 
 def test_usage_names_every_command(capsys):
