@@ -95,12 +95,14 @@ class PeftAdapter:
 
     def __post_init__(self):
         for name in ("rank_pattern", "alpha_pattern"):
-            _check(self.config, name, "an object", lambda value: isinstance(value, Mapping), expressions=list)
+            pattern = _checked(self.config, name, "an object", lambda value: isinstance(value, Mapping))
+            _check_expressions(name, pattern or ())
         for name in ("target_modules", "exclude_modules"):
-            wanted = "a regular expression or a list of names"
-            _check(self.config, name, wanted, _is_one_or_many(str), expressions=lambda v: [v] * isinstance(v, str))
-        _check(self.config, "layers_to_transform", "a layer's number or a list of them", _is_one_or_many(int))
-        _check(self.config, "layers_pattern", "a name or a list of names", _is_one_or_many(str), expressions=_many)
+            names = _checked(self.config, name, "a regular expression or a list of names", _is_one_or_many(str))
+            _check_expressions(name, [names] if isinstance(names, str) else ())
+        _checked(self.config, "layers_to_transform", "a layer's number or a list of them", _is_one_or_many(int))
+        stacks = _checked(self.config, "layers_pattern", "a name or a list of names", _is_one_or_many(str))
+        _check_expressions("layers_pattern", () if stacks is None else _many(stacks))
 
     def modules(self) -> dict[str, LowRank]:
         """Returns the adapter of each module, by its name in the base model.
@@ -173,11 +175,18 @@ class PeftAdapter:
             raise ValueError(f"{CONFIG_FILE}: the rank of {module} must be a positive integer, got {rank!r}")
         return rank
 
-    def targets(self, modules: Iterable[str]) -> set[str] | None:
-        """Returns those modules of a model that the config asks for; None if it does not say."""
+    def targets(self, modules: Iterable[str]) -> set[str]:
+        """Returns those modules of a model that the config asks for.
+
+        Raises:
+            ValueError: it does not say.
+        """
         names, excluded = self.config.get("target_modules"), self.config.get("exclude_modules")
         if names is None:
-            return None
+            raise ValueError(
+                f"{CONFIG_FILE}: target_modules must name the modules, got None: PEFT would choose them by the "
+                f"architecture"
+            )
         if isinstance(names, str) and names.lower() == "all-linear":
             names = r"(?!(.*\.)?lm_head$).*"
         layers, pattern = self.config.get("layers_to_transform"), self.config.get("layers_pattern")
@@ -347,20 +356,17 @@ def _tensor(file: Any, name: str) -> np.ndarray:
     return tensor
 
 
-def _check(
-    config: Mapping[str, Any],
-    name: str,
-    wanted: str,
-    fits: Callable[[Any], bool],
-    expressions: Callable[[Any], Iterable[str]] = lambda value: (),
-) -> None:
-    """Raises if a field is set and does not fit, or holds a regular expression that is none."""
+def _checked(config: Mapping[str, Any], name: str, wanted: str, fits: Callable[[Any], bool]) -> Any:
+    """A field's value, None if it is not set; raises if it does not fit."""
     value = config.get(name)
-    if value is None:
-        return
-    if not fits(value):
+    if value is not None and not fits(value):
         raise ValueError(f"{CONFIG_FILE}: {name} must be {wanted}, got {value!r}")
-    for expression in expressions(value):
+    return value
+
+
+def _check_expressions(name: str, expressions: Iterable[str]) -> None:
+    """Raises if one of a field's regular expressions is none."""
+    for expression in expressions:
         try:
             re.compile(expression)
         except re.error as error:

@@ -12,7 +12,7 @@ from balora_jax.adapters.adalora import AdaLoRALinear
 from balora_jax.adapters.dora import DoRALinear
 from balora_jax.adapters.lora import LoRALinear, Scaling
 from balora_jax.adapters.model import add_adapters, iter_adapters
-from balora_jax.adapters.peft import CONFIG_FILE, TENSOR_FILE, LowRank, PeftAdapter, from_modules, tensor_name
+from balora_jax.adapters.peft import TENSOR_FILE, LowRank, PeftAdapter, from_modules, tensor_name
 from balora_jax.models import Decoder
 
 _LOW_RANK = LoRALinear, DoRALinear, AdaLoRALinear
@@ -156,10 +156,6 @@ def _check_fit(adapter: PeftAdapter, modules: dict[str, LowRank], places: dict[s
                     f"got {tensor.shape}"
                 )
     targets = adapter.targets(places)
-    if targets is None:
-        raise ValueError(
-            f"{CONFIG_FILE}: target_modules must name the modules, got None: PEFT would choose them by the architecture"
-        )
     if missing := sorted(targets - modules.keys()):
         raise ValueError(
             f"{TENSOR_FILE} lacks the tensor {tensor_name(missing[0], 'lora_A.weight')}, which target_modules asks for"

@@ -76,7 +76,7 @@ def _explained(what: str) -> Iterator[None]:
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         reason, cache = error.__cause__ or error, str(datasets.config.HF_DATASETS_CACHE)
         if isinstance(reason, OSError) and cache in str(reason):
-            what = f"{what}, or not write its copy to the cache {cache} (environment variable HF_DATASETS_CACHE)"
+            what = f"{what}, or write its copy to the cache {cache} (environment variable HF_DATASETS_CACHE)"
         raise ValueError(f"cannot read {what}: {reason}") from error
 
 

@@ -101,7 +101,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "taken")
     for path, message in (
         ("saved", "the cache .*taken/balora_jax cannot be written .*HF_DATASETS_CACHE"),
-        ("rows.jsonl", "cannot read .*rows.jsonl, or not write its copy to the cache .*taken .*HF_DATASETS_CACHE"),
+        ("rows.jsonl", "cannot read .*rows.jsonl, or write its copy to the cache .*taken .*HF_DATASETS_CACHE"),
     ):
         with pytest.raises(ValueError, match=message):
             load(DataSettings(recipe="metamathqa", path=str(tmp_path / path), eval_examples=1))
@@ -377,7 +377,7 @@ def test_interrupted_work_goes_on_at_its_shard(tmp_path, cache, monkeypatch):
         ({"recipe": "openhermes", "path": "turns.json"}, ValueError, "must be from one of system, human.* got 'tool'"),
         ({"recipe": "openhermes", "path": "flat.csv"}, ValueError, "columns of other types than those published"),
         ({"recipe": "arc", "path": "arc.json"}, ValueError, "answerKey must be one of the labels A, B, got 'E'"),
-        ({"recipe": "alpaca", "path": "silent.json"}, ValueError, 
+        ({"recipe": "alpaca", "path": "silent.json"}, ValueError,
          "must have examples to train and to evaluate on, got 0 and 0; left out: 3 without a question or an answer"),
     ],
 )  # fmt: skip
