@@ -1,7 +1,7 @@
 """Adapters for Flax NNX: layers, and putting them on a model."""
 
 from balora_jax.adapters.adalora import ADALORA, AdaLoRALinear
-from balora_jax.adapters.adapter import Adapter
+from balora_jax.adapters.adapter import Adapter, MergeError
 from balora_jax.adapters.dora import DoRALinear
 from balora_jax.adapters.full import FullLinear
 from balora_jax.adapters.initialisation import LORA, OLORA, PISSA, XAVIER, Initialisation
@@ -33,6 +33,7 @@ __all__ = [
     "Initialisation",
     "LoRALinear",
     "LowRank",
+    "MergeError",
     "PeftAdapter",
     "adapter_scale",
     "add_adapters",

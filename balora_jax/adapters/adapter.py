@@ -7,6 +7,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.adapters.contraction import contraction_of
+from balora_jax.casting import first_lost, too_large
+
+
+class MergeError(ValueError):
+    """A weight that would not be finite after merging.
+
+    Attributes:
+        index: of its first such entry, in the base's kernel.
+        reason: what is wrong with it, and what to do.
+    """
+
+    def __init__(self, index: tuple[int, ...], reason: str):
+        super().__init__(f"the merged kernel {reason}")
+        self.index, self.reason = index, reason
 
 
 class UnmergedKernel(nnx.Variable):
@@ -45,11 +59,18 @@ class Adapter(nnx.Module):
         raise NotImplementedError
 
     def merge(self) -> None:
-        """Adds the update to the base's kernel; keeps the kernel so that `unmerge` is exact in every dtype."""
+        """Adds the update to the base's kernel; keeps the kernel so that `unmerge` is exact in every dtype.
+
+        Raises:
+            MergeError: an entry would not be finite (not seen under `jit`). The kernel is then as it was.
+        """
         if not self.merged:
-            kernel = self.base.kernel[...]
+            kernel, wide = self.base.kernel[...], self._merged_kernel()
+            merged = wide.astype(kernel.dtype)
+            if not isinstance(merged, jax.core.Tracer):
+                _check_finite(kernel, wide, merged)
             self.unmerged_kernel = UnmergedKernel(kernel)
-            self.base.kernel[...] = self._merged_kernel().astype(kernel.dtype)
+            self.base.kernel[...] = merged
             self.merged = True
 
     def unmerge(self) -> None:
@@ -63,3 +84,12 @@ class Adapter(nnx.Module):
     def _merged_kernel(self) -> jax.Array:
         """The kernel after merging, in float32."""
         return self.base.kernel[...].astype(jnp.float32) + self.weight_update()
+
+
+def _check_finite(kernel: jax.Array, wide: jax.Array, merged: jax.Array) -> None:
+    """Raises if an entry of a merged kernel is not finite that was so before; `wide` is the sum before its cast."""
+    index = first_lost(kernel, merged)
+    if index is not None:
+        if jnp.isfinite(wide[index]):
+            raise MergeError(index, too_large(wide[index], merged.dtype))
+        raise MergeError(index, "is not finite: its update is beyond float32; the factors or alpha are too large")

@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import nnx
 
-from balora_jax.adapters.adapter import Adapter
+from balora_jax.adapters.adapter import Adapter, MergeError
 from balora_jax.adapters.initialisation import LORA, Initialisation
 from balora_jax.adapters.lora import LoRALinear, Scaling
 
@@ -79,9 +79,21 @@ def iter_adapters(model: nnx.Module) -> Iterator[tuple[str, Adapter]]:
 
 
 def merge_adapters(model: nnx.Module) -> None:
-    """Adds every adapter's update to its base weight, in place; `unmerge_adapters` undoes it exactly."""
-    for _, adapter in _all_adapters(model):
-        adapter.merge()
+    """Adds every adapter's update to its base weight, in place; `unmerge_adapters` undoes it exactly.
+
+    Raises:
+        ValueError: a weight would not be finite, as where its dtype cannot hold the sum. The model is then as it was.
+    """
+    done: list[Adapter] = []
+    for path, adapter in _all_adapters(model):
+        try:
+            if not adapter.merged:
+                adapter.merge()
+                done.append(adapter)
+        except MergeError as error:
+            for other in done:
+                other.unmerge()
+            raise ValueError(f"{path}: {error}") from error
 
 
 def unmerge_adapters(model: nnx.Module) -> None:
@@ -96,13 +108,15 @@ def remove_adapters(model: nnx.Module, *, merge: bool) -> None:
     Args:
         model: a model with adapters.
         merge: whether the base layers keep the update (merge and unload) or lose it.
+
+    Raises:
+        ValueError: as for `merge_adapters`.
     """
+    if merge:
+        merge_adapters(model)
+    else:
+        unmerge_adapters(model)
     adapters = [adapter for _, adapter in _all_adapters(model)]
-    for adapter in adapters:
-        if merge:
-            adapter.merge()
-        else:
-            adapter.unmerge()
     _swap(model, {id(adapter): adapter.base for adapter in adapters})
 
 

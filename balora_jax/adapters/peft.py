@@ -27,7 +27,7 @@ _TENSOR = re.compile(
 )
 _BASE_COPY = re.compile(r"base_model\.model\.(?P<module>lm_head|model\.embed_tokens)(\.base_layer)?\.weight")
 _READABLE = re.compile(r"BOOL|BF16|F(16|32|64)|[IU](8|16|32|64)")  # dtypes that NumPy has, or ml_dtypes gives it
-_PARTS = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+PARTS = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 # What would change the meaning of the factors, with the values under which it does not.
 _PLAIN: dict[str, tuple] = {
     "bias": ("none",),
@@ -205,12 +205,12 @@ class PeftAdapter:
 
     def _low_rank(self, module: str, parts: dict[str, np.ndarray]) -> LowRank:
         magnitude = bool(self.config.get("use_dora"))
-        for part in _PARTS[: 3 if magnitude else 2]:
+        for part in PARTS[: 3 if magnitude else 2]:
             if part not in parts:
                 raise ValueError(f"{TENSOR_FILE} lacks the tensor {tensor_name(module, part)}")
-        if not magnitude and _PARTS[2] in parts:
+        if not magnitude and PARTS[2] in parts:
             raise ValueError(
-                f"{TENSOR_FILE} holds the tensor {tensor_name(module, _PARTS[2])}, but {CONFIG_FILE} does not set "
+                f"{TENSOR_FILE} holds the tensor {tensor_name(module, PARTS[2])}, but {CONFIG_FILE} does not set "
                 f"use_dora"
             )
         rank = self.rank(module)
@@ -226,7 +226,7 @@ class PeftAdapter:
                 raise ValueError(
                     f"{TENSOR_FILE}: the tensor {tensor_name(module, part)} must be finite, got a NaN or an infinity"
                 )
-        return LowRank(parts[_PARTS[0]].T, parts[_PARTS[1]].T, self.scale(module), parts.get(_PARTS[2]))
+        return LowRank(parts[PARTS[0]].T, parts[PARTS[1]].T, self.scale(module), parts.get(PARTS[2]))
 
     def _number(self, name: str, pattern: str, module: str) -> Any:
         """A field's value for a module: that of the first key of its pattern that matches the module's name."""
@@ -237,8 +237,12 @@ class PeftAdapter:
             if re.match(rf"(.*\.)?({key})$", module):
                 name, value = f"{pattern}[{key!r}]", special
                 break
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{CONFIG_FILE}: {name} must be a number, got {value!r}")
+        try:
+            number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+        except OverflowError:  # an integer beyond all floats
+            number = False
+        if not number:
+            raise ValueError(f"{CONFIG_FILE}: {name} must be a number, got {value!r:.80}")
         return value
 
 
@@ -294,7 +298,7 @@ def from_modules(
     for module, low_rank in modules.items():
         found = (low_rank.lora_a.T, low_rank.lora_b.T, low_rank.magnitude)
         tensors |= {
-            tensor_name(module, part): tensor for part, tensor in zip(_PARTS, found, strict=True) if tensor is not None
+            tensor_name(module, part): tensor for part, tensor in zip(PARTS, found, strict=True) if tensor is not None
         }
     return PeftAdapter(config, tensors)
 

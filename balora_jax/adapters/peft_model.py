@@ -12,7 +12,8 @@ from balora_jax.adapters.adalora import AdaLoRALinear
 from balora_jax.adapters.dora import DoRALinear
 from balora_jax.adapters.lora import LoRALinear, Scaling
 from balora_jax.adapters.model import add_adapters, iter_adapters
-from balora_jax.adapters.peft import TENSOR_FILE, LowRank, PeftAdapter, from_modules, tensor_name
+from balora_jax.adapters.peft import CONFIG_FILE, PARTS, TENSOR_FILE, LowRank, PeftAdapter, from_modules, tensor_name
+from balora_jax.casting import check_cast, largest, too_large
 from balora_jax.models import Decoder
 
 _LOW_RANK = LoRALinear, DoRALinear, AdaLoRALinear
@@ -79,6 +80,7 @@ def load_adapters(model: Decoder, adapter: PeftAdapter) -> tuple[str, ...]:
     places = _places(model)
     modules = adapter.modules()
     _check_fit(adapter, modules, places)
+    _check_numbers(modules)
     _check_base(adapter, model)
     by_path: dict[str, dict[int | None, LowRank]] = {}
     for name, low_rank in modules.items():
@@ -165,6 +167,20 @@ def _check_fit(adapter: PeftAdapter, modules: dict[str, LowRank], places: dict[s
             f"{TENSOR_FILE} holds the tensor {tensor_name(odd[0], 'lora_A.weight')}, but target_modules, "
             f"exclude_modules or layers_to_transform leave it out, and PEFT would drop it"
         )
+
+
+def _check_numbers(modules: dict[str, LowRank]) -> None:
+    """Raises if float32, in which adapters are kept, cannot hold a number of them."""
+    for name, low_rank in modules.items():
+        if abs(low_rank.scale) > largest("float32"):
+            raise ValueError(
+                f"{CONFIG_FILE}: the scale of {name} {too_large(low_rank.scale, 'float32')}; look at lora_alpha and r"
+            )
+        found = zip(PARTS, (low_rank.lora_a, low_rank.lora_b, low_rank.magnitude), strict=True)
+        for part, tensor in found:
+            if tensor is not None:
+                with np.errstate(over="ignore"):
+                    check_cast(f"the tensor {tensor_name(name, part)}", tensor, tensor.astype(np.float32))
 
 
 def _check_base(adapter: PeftAdapter, model: Decoder) -> None:

@@ -39,8 +39,10 @@ def main(arguments: list[str]) -> int:
     check_free(options.out)
     trained = load_trained(options.run, options.member)
     config = trained.config
+    notes = []
     if options.merged:
-        write_merged(trained.model, model_folder(config.model.path), options.out)
+        base = model_folder(config.model.path)
+        notes = write_merged(trained.model, base, options.out, dtype=config.model.param_dtype)
         form = f"{config.model.path} with its adapter"
     else:
         try:
@@ -54,5 +56,7 @@ def main(arguments: list[str]) -> int:
         form = f"PEFT adapter of rank {adapter.config['r']} for {config.model.path}"
     print(f"{trained.name}, step {trained.step} of {config.training.steps}: {form}: {options.out}")
     if trained.diverged_at >= 0:
-        print(f"this run diverged at step {trained.diverged_at}; its adapter is that of the step before")
+        notes.append(f"this run diverged at step {trained.diverged_at}; its adapter is that of the step before")
+    for note in notes:
+        print(note)
     return 0

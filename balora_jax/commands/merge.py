@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax.numpy as jnp
 from tyro.conf import Positional, arg
 
-from balora_jax.adapters import load_adapters, read_peft, remove_adapters
+from balora_jax.adapters import MergeError, iter_adapters, load_adapters, read_peft, remove_adapters
+from balora_jax.casting import WRITABLE
 from balora_jax.commands.arguments import parse
 from balora_jax.commands.folders import check_free, copy_other_files, explained, whole_folder
 from balora_jax.models import Decoder
 from balora_jax.models.folders import model_folder
-from balora_jax.models.weights import load_decoder, save_decoder, stored_dtype
+from balora_jax.models.weights import load_decoder, save_decoder, stored_dtypes, tensor_name
 from balora_jax.training.config import ConfigError
 
 _DTYPE_FIELDS = "dtype", "torch_dtype"  # of transformers 5 and 4
@@ -26,7 +28,7 @@ class Options:
         model: the base: a folder, or the name of a model that ships with the package.
         adapter: a PEFT folder.
         out: a new folder; config.json, the tokenizer and the other small files of the base are copied along.
-        dtype: of the weights that are written; default that of the base. Sums are formed in float32.
+        dtype: of the weights that are written; default that of each in the base. Sums are formed in float32.
     """
 
     model: Annotated[str, Positional, arg(metavar="MODEL")]
@@ -43,39 +45,68 @@ def main(arguments: list[str]) -> int:
         adapter = read_peft(options.adapter)
     with explained("MODEL"):
         folder = model_folder(options.model)
-        model = load_decoder(folder, param_dtype=options.dtype or _declared_dtype(folder) or stored_dtype(folder))
+        stored = stored_dtypes(folder)
+        if options.dtype is None and "float64" in stored:
+            raise ConfigError(
+                f"MODEL: {folder} holds weights in float64; choose one of {', '.join(WRITABLE)} (--dtype)"
+            )
+        model = load_decoder(folder, param_dtype=options.dtype or jnp.result_type(*stored).name)
     with explained("ADAPTER"):
         load_adapters(model, adapter)
-    write_merged(model, folder, options.out)
+    notes = write_merged(model, folder, options.out, dtype=options.dtype)
     print(f"merged {len(adapter.modules())} modules of {options.adapter} into {options.model}: {options.out}")
+    for note in notes:
+        print(note)
     return 0
 
 
-def write_merged(model: Decoder, base: Path, out: Path) -> None:
+def write_merged(model: Decoder, base: Path, out: Path, *, dtype: str | None = None) -> list[str]:
     """Merges a model's adapters into its weights, in place, and writes the folder of the base with them.
 
     Args:
         model: with adapters.
         base: the folder that the model came from.
         out: a new folder.
+        dtype: of the weights; default that of each in the base.
+
+    Returns:
+        What is otherwise than in the base, beside the merged weights, a line each.
 
     Raises:
-        ConfigError: the folder is not new, or cannot be written.
+        ConfigError: the folder is not new, or cannot be written, or a weight would not be finite.
     """
     if out.resolve() == base.resolve():
         raise ConfigError("OUT must not be the folder of the base")
+    for path, adapter in iter_adapters(model):
+        try:
+            adapter.merge()
+        except MergeError as error:
+            name = tensor_name(f"{path}.kernel", error.index[0])
+            raise ConfigError(f"the tensor {name}, with the adapter merged, {error.reason}") from error
     remove_adapters(model, merge=True)
+    stored = stored_dtypes(base)
+    written = stored if dtype is None else {dtype}
+    notes = []
+    if written != stored:
+        notes.append(f"weights are written in {dtype}; those of the base are in {_shown(stored)}")
     with whole_folder(out) as folder:
-        save_decoder(model, folder)
+        with explained("OUT"):
+            save_decoder(model, folder, base=base, dtype=dtype)
         copy_other_files(base, folder)  # its config.json too, which says more than the decoder needs
-        if _declared_dtype(folder):
-            file = folder / "config.json"
-            fields = json.loads(file.read_text())
-            fields |= {name: model.config.param_dtype for name in _DTYPE_FIELDS if name in fields}
-            file.write_text(json.dumps(fields, indent=2) + "\n")
+        file = folder / "config.json"
+        fields = json.loads(file.read_text())
+        declared = {name: fields[name] for name in _DTYPE_FIELDS if fields.get(name) not in (None, "auto", *written)}
+        if declared:
+            file.write_text(
+                json.dumps(fields | dict.fromkeys(declared, jnp.result_type(*written).name), indent=2) + "\n"
+            )
+        for name, value in declared.items():
+            if value not in stored:
+                notes.append(
+                    f"config.json of the base declares the {name} {value}, but its weights are {_shown(stored)}"
+                )
+    return notes
 
 
-def _declared_dtype(folder: Path) -> str | None:
-    """The dtype of the weights, as config.json tells it."""
-    fields = json.loads((folder / "config.json").read_text())
-    return next((fields[name] for name in _DTYPE_FIELDS if fields.get(name) not in (None, "auto")), None)
+def _shown(dtypes: set[str]) -> str:
+    return " and ".join(sorted(dtypes))

@@ -16,12 +16,13 @@ from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from balora_jax.casting import check_cast
 from balora_jax.models.config_json import read_config, write_config
 from balora_jax.models.decoder import Decoder
 from balora_jax.models.folders import model_folder
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def abstract_decoder(
@@ -43,21 +44,24 @@ def abstract_decoder(
         ValueError: the config is not supported.
     """
     config = read_config(model_folder(name, weights=False))
+    for argument, wanted in (("dtype", dtype), ("param_dtype", param_dtype)):
+        if wanted == "float64" and not jax.config.read("jax_enable_x64"):
+            raise ValueError(f"{argument} float64 needs JAX's option jax_enable_x64; choose float32 without it")
     config = dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype, remat=remat)
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 
-def stored_dtype(folder: Path) -> str:
-    """Returns the dtype of a folder's weights: the narrowest that holds all of them.
+def stored_dtypes(folder: Path) -> set[str]:
+    """Returns the dtypes of a folder's weights.
 
     Raises:
         FileNotFoundError: the folder holds no weights.
-        ValueError: a file is broken, or no weight is in float32, float16 or bfloat16.
+        ValueError: a file is broken, or no weight is in float64, float32, float16 or bfloat16.
     """
     dtypes = _Tensors(folder).dtypes()
     if not dtypes:
         raise ValueError(f"{folder} must hold weights in {', '.join(_DTYPES.values())}, got none")
-    return jnp.result_type(*dtypes).name
+    return dtypes
 
 
 def load_decoder(
@@ -86,7 +90,7 @@ def load_decoder(
     Raises:
         FileNotFoundError: there is no such model, or a file is missing.
         ValueError: the config is not supported, a file is broken, or a tensor is missing, of the wrong shape or dtype,
-            or one that the model does not have.
+            one that the model does not have, or beyond the largest number of `param_dtype`.
 
     Notes:
         Parameters are read one after the other, tensor by tensor, and of a sharded one each process reads its own parts
@@ -114,22 +118,36 @@ def load_decoder(
     return model
 
 
-def save_decoder(model: Decoder, folder: str | Path) -> None:
+def save_decoder(
+    model: Decoder, folder: str | Path, *, base: str | Path | None = None, dtype: str | None = None
+) -> None:
     """Writes a decoder in Hugging Face's format; `load_decoder` and `transformers` read it.
 
     Args:
         model: a decoder without adapters.
         folder: is made if it does not exist.
+        base: the folder that the decoder was read from. What that holds beside the parameters (the head where it is
+            tied, the frequencies of the rotary embedding) is written too.
+        dtype: of all parameters; default those that the tensors have in the base, without a base the decoder's own.
+
+    Raises:
+        ValueError: the model has adapters, or a parameter that is not finite or that its dtype cannot hold.
     """
     config = model.config
     if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
         raise ValueError("model must have no adapters; merge them with remove_adapters(model, merge=True) first")
+    stored = None if base is None else _Tensors(Path(base))
     tensors = {}
     for key, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         array = np.asarray(jax.device_get(variable[...]))
         for place in _places(key, array.shape):
             tensor = array if place.layer is None else array[place.layer]
-            tensors[place.name] = np.ascontiguousarray(tensor.T if place.transposed else tensor)
+            own = stored.dtype(place.name) if stored and dtype is None else dtype or array.dtype
+            tensors[place.name] = _cast(place.name, tensor.T if place.transposed else tensor, own)
+    if stored:
+        for name in stored.names() - tensors.keys():
+            tied = name == "lm_head.weight"
+            tensors[name] = tensors["model.embed_tokens.weight"] if tied else stored.read(name, ...)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_config(config, folder)
@@ -145,16 +163,27 @@ class _Place(NamedTuple):
     transposed: bool
 
 
+def tensor_name(path: str, layer: int | None = None) -> str:
+    """Returns the name in the files of one of a decoder's parameters.
+
+    Args:
+        path: its dotted path, `"layers.mlp.up_proj.kernel"` say.
+        layer: which of the stacked layers, if it is of one.
+    """
+    *parents, leaf = path.split(".")
+    if parents[0] == "layers":
+        parents.insert(1, str(layer))
+    prefix = "" if parents[0] == "lm_head" else "model."
+    return f"{prefix}{'.'.join(parents)}.{'bias' if leaf == 'bias' else 'weight'}"
+
+
 def _places(key: tuple, shape: tuple[int, ...]) -> list[_Place]:
     """The tensors of a parameter of this shape: one for each layer if layers are stacked."""
-    *parents, leaf = map(str, key)
-    stacked, transposed = parents[0] == "layers", leaf == "kernel"
-    prefix = "" if parents[0] == "lm_head" else "model."
-    suffix = "bias" if leaf == "bias" else "weight"
+    stacked, transposed = key[0] == "layers", key[-1] == "kernel"
     own = shape[1:] if stacked else shape
     return [
         _Place(
-            name=f"{prefix}{'.'.join(['layers', str(layer), *parents[1:]] if stacked else parents)}.{suffix}",
+            name=tensor_name(".".join(map(str, key)), layer),
             shape=own[::-1] if transposed else own,
             layer=layer,
             transposed=transposed,
@@ -163,21 +192,34 @@ def _places(key: tuple, shape: tuple[int, ...]) -> list[_Place]:
     ]
 
 
+def _cast(name: str, tensor: np.ndarray, dtype: Any) -> np.ndarray:
+    """A tensor as it is written; raises if it is not finite."""
+    if not np.isfinite(tensor).all():
+        raise ValueError(f"the tensor {name} must be finite to be written, got a NaN or an infinity")
+    with np.errstate(over="ignore"):
+        cast = np.ascontiguousarray(tensor.astype(dtype))
+    check_cast(f"the tensor {name}", tensor, cast)
+    return cast
+
+
 def _reader(tensors: "_Tensors", key: tuple, expected: jax.ShapeDtypeStruct) -> Callable[[Any], np.ndarray]:
     """A function from the slices of a part of a parameter to the part, read from the files."""
     places = _places(key, expected.shape)
 
-    def read_one(place: _Place, index: tuple) -> np.ndarray:
-        return tensors.read(place.name, index[::-1]).T if place.transposed else tensors.read(place.name, index)
+    def read_into(out: np.ndarray, place: _Place, index: tuple) -> None:
+        part = tensors.read(place.name, index[::-1]).T if place.transposed else tensors.read(place.name, index)
+        with np.errstate(over="ignore"):
+            out[...] = part
+        check_cast(f"{tensors.file(place.name)}: the tensor {place.name}", part, out)
 
     def read(index) -> np.ndarray:
         sizes = [len(range(size)[part]) for size, part in zip(expected.shape, index, strict=True)]
         out = _aligned(sizes, expected.dtype)
         if places[0].layer is None:
-            out[...] = read_one(places[0], index)
+            read_into(out, places[0], index)
         else:
             for row, place in zip(out, places[index[0]], strict=True):
-                row[...] = read_one(place, index[1:])
+                read_into(row, place, index[1:])
         return out
 
     return read
@@ -213,12 +255,24 @@ class _Tensors:
         if absent:
             raise ValueError(f"{folder / listed[absent[0]]} lacks the tensor {absent[0]}, which {INDEX} has there")
 
-    def dtypes(self) -> list[str]:
+    def names(self) -> set[str]:
+        """All tensors."""
+        return set(self._files)
+
+    def file(self, name: str) -> Path:
+        """The file of a tensor."""
+        return self._files[name]
+
+    def dtype(self, name: str) -> str:
+        """The dtype of a weight."""
+        return _DTYPES[self._headers[name][1]]
+
+    def dtypes(self) -> set[str]:
         """The dtypes of the weights, of those that there may be."""
         found = {dtype for name, (_, dtype) in self._headers.items() if name.endswith(".weight")}
-        return [known for dtype, known in _DTYPES.items() if dtype in found]
+        return {_DTYPES[dtype] for dtype in found & _DTYPES.keys()}
 
-    def read(self, name: str, index: tuple) -> np.ndarray:
+    def read(self, name: str, index: Any) -> np.ndarray:
         """A part of a tensor, given by slices."""
         with _opened(self._files[name]) as file:  # anew for each, lest the pages of a mapped file add up
             return file.get_slice(name)[index]

@@ -236,6 +236,40 @@ def test_merge_and_unmerge(dtype):
     assert_same(leaves(model), before)
 
 
+@pytest.mark.parametrize("remove", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "factors", "message"),
+    [
+        (
+            "float16",
+            (300.0, 300.0),
+            r"blocks\.1\.q_proj: the merged kernel holds \d{5}\S*, .* 65504; choose the dtype float32 or ",
+        ),
+        (
+            "bfloat16",
+            (1e19, 3.4e19),
+            r"blocks\.1\.q_proj: the merged kernel holds 3.4e\+38, .* of bfloat16, .*; choose .* float32$",
+        ),
+        (
+            "float32",
+            (1e25, 1e25),
+            r"blocks\.1\.q_proj: the merged kernel is not finite: its update is beyond float32; ",
+        ),
+    ],
+)
+def test_merges_beyond_a_dtype_are_refused_and_leave_the_model_as_it_was(dtype, factors, message, remove):
+    model = Net()
+    nnx.update(model, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model, nnx.Param)))
+    add(model, ["q_proj"])
+    fill_right_factors(model)
+    last = dict(iter_adapters(model))["blocks.1.q_proj"]
+    last.lora_a[...], last.lora_b[...] = jnp.full((4, 1), factors[0]), jnp.full((1, 4), factors[1])
+    before = leaves(model)
+    with pytest.raises(ValueError, match=message):
+        remove_adapters(model, merge=True) if remove else merge_adapters(model)
+    assert_same(leaves(model), before)
+
+
 @pytest.mark.parametrize("merged_before", [False, True])
 @pytest.mark.parametrize("merge", [False, True])
 def test_remove_adapters(merge, merged_before):

@@ -254,6 +254,27 @@ def test_adapter_that_cannot_be_read_is_refused_by_name(folder, change, message)
     assert not list(iter_adapters(model))
 
 
+@pytest.mark.parametrize(
+    ("alpha", "factor", "message"),
+    [
+        (1e300, 1.0, r"the scale of model\.layers\.0\.mlp\.down_proj holds 3\.\d*e\+299, .*; look at lora_alpha and r"),
+        (10**400, 1.0, r"adapter_config\.json: lora_alpha must be a number, got 10+$"),
+        (
+            4.0,
+            1e40,
+            r"the tensor base_model\.model\.model\.layers\.0\.mlp\.down_proj\.lora_A\.weight holds -?\d.*float32",
+        ),
+    ],
+)
+def test_numbers_beyond_float32_are_refused(folder, alpha, factor, message):
+    adapter = read_peft(folder)
+    tensors = {name: tensor.astype(float) * factor for name, tensor in adapter.tensors.items()}
+    model = decoder()
+    with pytest.raises(ValueError, match=message):
+        load_adapters(model, replace(adapter, config={**adapter.config, "lora_alpha": alpha}, tensors=tensors))
+    assert not list(iter_adapters(model))
+
+
 @pytest.mark.parametrize("name", ["target_parameters", "use_bdlora", "kasa_config"])
 def test_what_is_no_plain_pair_is_not_taken_for_one(folder, name):
     adapter = read_peft(folder)

@@ -89,6 +89,84 @@ def test_merged_keeps_the_dtype_of_its_base_or_takes_the_one_asked_for(adapter, 
         assert dtypes(f"silent{len(silent)}") == {"bfloat16"}
 
 
+def cast_weights(folder, dtype_of, **others):
+    """Changes the dtypes of a folder's tensors, and adds others."""
+    file = folder / "model.safetensors"
+    tensors = {name: tensor.astype(dtype_of(name)) for name, tensor in load_file(file).items()}
+    save_file(tensors | {name.replace("__", "."): tensor for name, tensor in others.items()}, file)
+
+
+def test_merged_is_the_base_but_for_the_tensors_with_an_adapter(adapter, model_folder, tmp_path, capsys):
+    """A base as old ones are: in two dtypes, with a copy of the tied head and the frequencies that nobody reads."""
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    frequencies = np.arange(4, dtype=np.float32)
+    others = {"lm_head__weight": embedding, "model__layers__0__self_attn__rotary_emb__inv_freq": frequencies}
+    cast_weights(base, lambda name: "float16" if "proj" in name else "float32", **others)
+    capsys.readouterr()
+    call("merge", base, adapter, tmp_path / "merged")
+    assert capsys.readouterr().out.count("\n") == 1, "nothing else is changed, and so there is nothing to say"
+    before, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    assert before.keys() == merged.keys()
+    for name in before:
+        assert merged[name].dtype == before[name].dtype, name
+        adapted = name.removesuffix(".weight") in products(adapter)
+        assert np.array_equal(merged[name], before[name]) != adapted, name
+
+
+@pytest.mark.parametrize(
+    ("stored", "declared", "options", "note"),
+    [
+        ("float32", "float64", [], "config.json of the base declares the dtype float64, but its weights are float32\n"),
+        (
+            "float16",
+            "bfloat16",
+            [],
+            "config.json of the base declares the dtype bfloat16, but its weights are float16\n",
+        ),
+        ("float64", "float64", ["--dtype", "float32"], "written in float32; those of the base are in float64\n"),
+        ("float32", "float32", ["--dtype", "bfloat16"], "written in bfloat16; those of the base are in float32\n"),
+        ("float16", "float16", [], ""),
+    ],
+)
+def test_merge_says_where_a_dtype_is_another(stored, declared, options, note, adapter, model_folder, tmp_path, capsys):
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(model_folder, base)
+    cast_weights(base, lambda name: stored)
+    config = json.loads((base / "config.json").read_text()) | {"dtype": declared}
+    (base / "config.json").write_text(json.dumps(config))
+    call("merge", base, adapter, out, *options)
+    assert capsys.readouterr().out.partition(f"{out}\n")[2].endswith(note)
+    dtypes = {tensor.dtype.name for tensor in load_file(out / "model.safetensors").values()}
+    assert dtypes == {json.loads((out / "config.json").read_text())["dtype"]}
+
+
+def test_merges_that_a_dtype_cannot_hold_leave_no_folder(adapter, model_folder, fails, tmp_path):
+    base, strong, out = (tmp_path / name for name in ("base", "strong", "out"))
+    shutil.copytree(model_folder, base)
+    shutil.copytree(adapter, strong)
+    name = rf"the tensor {re.escape(DOWN.removeprefix('base_model.model.').replace('1', '0'))}\.weight"
+
+    def strengthen(alpha):
+        config = json.loads((strong / "adapter_config.json").read_text()) | {"lora_alpha": alpha}
+        (strong / "adapter_config.json").write_text(json.dumps(config))
+
+    strengthen(1e9)
+    beyond = name + r", with the adapter merged, holds -?\d.*, beyond .* float16, 65504; choose the dtype float32 or"
+    assert re.search(beyond, fails("merge", base, strong, out, "--dtype", "float16"))
+    cast_weights(base, lambda name: "float16")
+    assert re.search(beyond, fails("merge", base, strong, out))
+    cast_weights(base, lambda name: "float16" if "proj" in name else "float32")
+    assert re.search(name + " holds .*65504; choose the dtype float32 or", fails("merge", base, strong, out))
+    strengthen(1e300)
+    assert "the scale of model.layers.0.mlp.down_proj holds 3.33333e+299, beyond" in fails("merge", base, strong, out)
+    cast_weights(base, lambda name: "float64")
+    assert f"{base} holds weights in float64; choose one of float32, bfloat16" in fails("merge", base, adapter, out)
+    assert not out.exists()
+    assert not list(tmp_path.glob(".*"))
+
+
 def products(folder):
     return {name: m.scale * m.lora_a @ m.lora_b for name, m in read_peft(folder).modules().items()}
 

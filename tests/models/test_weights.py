@@ -198,8 +198,44 @@ def test_files_of_every_dtype(param_dtype, tmp_path):
     np.testing.assert_array_equal(query, mixed[QUERY].T.astype(param_dtype))
 
 
+@pytest.mark.parametrize(
+    ("number", "param_dtype", "message"),
+    [
+        (
+            np.float32(-1e5),
+            "float16",
+            "holds -100000, beyond the largest number of float16, 65504; choose the dtype flo",
+        ),
+        (np.float32(3.4e38), "bfloat16", "holds 3.4e.38, beyond the largest number of bfloat16, .* the dtype float32$"),
+        (np.float64(1e39), "float32", r"holds 1e.39, beyond the largest number of float32, 3.40282e\+38$"),
+    ],
+)
+def test_numbers_beyond_the_dtype_asked_for_are_refused(number, param_dtype, message, tmp_path):
+    query = np.zeros((32, 16), number.dtype)
+    query[3, 1] = number
+    folder = saved(tmp_path, tensors={QUERY: query})
+    with pytest.raises(ValueError, match=rf"model\.safetensors: the tensor {QUERY} {message}"):
+        load_decoder(folder, param_dtype=param_dtype)
+
+
+def test_what_is_not_finite_is_not_written(tmp_path):
+    model = random_decoder(LLAMA)
+    model.norm.scale[...] = model.norm.scale[...].at[3].set(np.nan)
+    with pytest.raises(ValueError, match=r"the tensor model\.norm\.weight must be finite to be written, got a NaN"):
+        save_decoder(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_float64_needs_the_option_of_jax(tmp_path):
+    folder = saved(tmp_path, tensors={QUERY: np.ones((32, 16))})
+    assert load_decoder(folder).layers.self_attn.q_proj.kernel.dtype == "float32"
+    for argument in ("dtype", "param_dtype"):
+        with pytest.raises(ValueError, match=f"^{argument} float64 needs JAX's option jax_enable_x64"):
+            load_decoder(folder, **{argument: "float64"})
+
+
 def test_other_dtypes_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=f"{QUERY} must be of dtype F32 or F16 or BF16, got I8"):
+    with pytest.raises(ValueError, match=f"{QUERY} must be of dtype F64 or F32 or F16 or BF16, got I8"):
         load_decoder(saved(tmp_path, tensors={QUERY: np.zeros((32, 16), np.int8)}))
 
 
