@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +12,7 @@ from rich.table import Table
 from balora_jax.adapters import load_adapters, read_peft
 from balora_jax.commands.folders import explained
 from balora_jax.training.config import Config, ConfigError, Sweep, check
-from balora_jax.training.evaluation import accuracies, answer, evaluate_loss
+from balora_jax.training.evaluation import accuracies, answer, evaluate_loss, what_is_not_finite
 from balora_jax.training.run import load_data, load_model
 from balora_jax.training.single import NOTHING_TRAINED, Single
 from balora_jax.training.step import Program
@@ -46,6 +47,10 @@ def report(config: Config, sweep: Sweep, adapter: Path | None, console: Console)
     program = cast(Program, Single(model))  # as much of one as an evaluation uses
     batch_size = config.training.eval_batch_size
     losses = evaluate_loss(program, NOTHING_TRAINED, examples, batch_size=batch_size)
+    if not np.isfinite(losses.total[0]):
+        raise ConfigError(
+            f"the evaluation loss must be finite, got {losses.total[0]}; {what_is_not_finite(program.base)}"
+        )
     accuracy = {}
     if examples.score is not None:
         new_tokens = config.training.max_new_tokens

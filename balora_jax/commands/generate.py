@@ -24,7 +24,7 @@ from balora_jax.models import Decoder
 from balora_jax.models.folders import model_folder
 from balora_jax.models.weights import load_decoder
 from balora_jax.training.config import ConfigError
-from balora_jax.training.evaluation import generate
+from balora_jax.training.evaluation import generate, what_is_not_finite
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,7 @@ def continuations(
 
     Raises:
         ValueError: a prompt has no tokens.
+        ConfigError: the model's logits are not finite.
     """
     tokens, segment_ids = pad_left(prompts, pad_id=tokenizer.pad_id)
 
@@ -151,7 +152,10 @@ def continuations(
         )
 
     model.eval()
-    return [_said(tokenizer, *row) for row in zip(prompts, np.asarray(said(model)).tolist(), strict=True)]
+    found = np.asarray(said(model))
+    if (found < 0).any():
+        raise ConfigError(f"the logits of the model must be finite; {what_is_not_finite(nnx.state(model))}")
+    return [_said(tokenizer, *row) for row in zip(prompts, found.tolist(), strict=True)]
 
 
 def _said(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:

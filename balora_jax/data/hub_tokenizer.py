@@ -29,7 +29,7 @@ def load_tokenizer(model: str | Path, source: str | Path | None = None) -> Token
 
     Raises:
         FileNotFoundError: the folder holds no tokenizer.
-        ValueError: the tokenizer cannot be read, has no end token, or has more tokens than the model.
+        ValueError: the tokenizer cannot be read, has no end token, or has a token whose id the model does not have.
         ImportError: `transformers` is not installed.
     """
     folder = model_folder(model, weights=False)
@@ -56,7 +56,7 @@ class HubTokenizer:
         vocab_size: number of tokens that the model has.
 
     Raises:
-        ValueError: the files cannot be read, there is no end token, or there are more tokens than the model has.
+        ValueError: the files cannot be read, there is no end token, or a token has an id that the model does not have.
         ImportError: `transformers` is not installed.
     """
 
@@ -73,8 +73,13 @@ class HubTokenizer:
             raise ValueError(f"the tokenizer of {folder} cannot be read: {type(error).__name__}: {error}") from error
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {folder} must have an eos_token; tokenizer_config.json names none")
-        if len(tokenizer) > vocab_size:
-            raise ValueError(f"the tokenizer of {folder} has {len(tokenizer)} tokens, its model only {vocab_size}")
+        ids = tokenizer.get_vocab() | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        last = max(ids, key=ids.__getitem__)
+        if ids[last] >= vocab_size:  # there may be fewer tokens than ids
+            raise ValueError(
+                f"the tokenizer of {folder} gives the token {last!r} the id {ids[last]}, but its model has only "
+                f"{vocab_size} tokens, 0 to {vocab_size - 1}"
+            )
         self._folder, self._tokenizer = folder, tokenizer
         self._special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         # Some tokenizers (SentencePiece's) put a space before every text that they are given. What follows other text
@@ -100,7 +105,7 @@ class HubTokenizer:
     @cached_property
     def bos_id(self) -> int | None:
         """Token that begins a text; None if the tokenizer begins texts with none."""
-        first = self._tokenizer.encode("x")[0]
+        first = next(iter(self._tokenizer.encode("x")), None)
         return first if first == self._tokenizer.bos_token_id else None
 
     @property

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from balora_jax.adapters import AdapterScale
 from balora_jax.data.batches import Arrays, Encoded, Tokenizer, pad, pad_left
 from balora_jax.data.scores import Score, exact_match
 from balora_jax.models import Decoder
+from balora_jax.models.weights import tensor_name
 from balora_jax.training.step import Program, TrainState
 
 
@@ -83,6 +85,26 @@ def evaluate_loss(program: Program, state: TrainState, examples: EvaluationSet, 
     return Losses(mean(slice(None)), {name: mean(examples.modules == name) for name in names})
 
 
+def what_is_not_finite(base: nnx.State) -> str:
+    """Says what to look at where a loss is not finite before anything has been trained.
+
+    Args:
+        base: the parameters that are not trained.
+    """
+    for path, variable in nnx.to_flat_state(base):
+        value, name = variable[...], ".".join(str(part) for part in path if part != "base")
+        if jnp.issubdtype(value.dtype, jnp.floating) and not jnp.isfinite(value).all():
+            if isinstance(variable, AdapterScale):
+                return "the scale of the adapters is not finite; look at adapter.alpha"
+            if type(variable) is nnx.Param:
+                name = tensor_name(name, int(jnp.argwhere(~jnp.isfinite(value))[0, 0]))
+            return f"the weight {name} holds a NaN or an infinity"
+    return (
+        "all weights are finite, so that something overflows on the way: look at the scale of the adapters and at the "
+        "size of the weights"
+    )
+
+
 def _losses(program: Program, state: TrainState, arrays: Arrays, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """The summed loss of every row and its number of predicted tokens, `(members, rows)`."""
     losses, tokens = [], []
@@ -124,7 +146,7 @@ def generate(
         key: source of the draws; needed where the temperature is not 0.
 
     Returns:
-        `(batch, new_tokens)` int, `eos_id` from the first end on.
+        `(batch, new_tokens)` int, `eos_id` from the first end on; -1, as an end, where the logits are not finite.
 
     Raises:
         ValueError: the temperature is negative, or has no key.
@@ -144,10 +166,11 @@ def generate(
         else:
             token = jax.random.categorical(jax.random.fold_in(key, i), logits / temperature)
         ended = jnp.isin(token, jnp.asarray([eos_id, *end_ids]))
-        return jnp.where(ended, eos_id, token).astype(jnp.int32)
+        token = jnp.where(jnp.isfinite(logits).all(-1), jnp.where(ended, eos_id, token), -1).astype(jnp.int32)
+        return token, (token == eos_id) | (token < 0)
 
     hidden, cache = model.hidden_states(prompts, positions=positions, segment_ids=segment_ids, cache=cache)
-    token, position = next_token(model, hidden, 0), positions[:, -1:] + 1
+    (token, ended), position = next_token(model, hidden, 0), positions[:, -1:] + 1
     out = jnp.full((batch, new_tokens), eos_id, jnp.int32).at[:, 0].set(token)
 
     def unfinished(carry):
@@ -161,10 +184,11 @@ def generate(
         model = nnx.merge(graph, parameters, copy=True)
         ones = jnp.ones((batch, 1), jnp.int32)
         hidden, cache = model.hidden_states(token[:, None], positions=position, segment_ids=ones, cache=cache)
-        token = jnp.where(ended, eos_id, next_token(model, hidden, i))
-        return i + 1, token, ended | (token == eos_id), position + 1, cache, out.at[:, i].set(token)
+        new, ends = next_token(model, hidden, i)
+        token = jnp.where(ended, eos_id, new)
+        return i + 1, token, ended | ends, position + 1, cache, out.at[:, i].set(token)
 
-    start = (jnp.int32(1), token, token == eos_id, position, cache, out)
+    start = (jnp.int32(1), token, ended, position, cache, out)
     return jax.lax.while_loop(unfinished, extend, start)[-1]
 
 
@@ -226,7 +250,7 @@ def generate_answers(
     for part, rows in _chunks(len(prompts), batch_size):
         out = np.asarray(generate_all(state, program.base, tokens[rows], segment_ids[rows]))[:, part]
         for texts, generated in zip(members, out, strict=True):
-            texts += [tokenizer.decode(row.tolist()) for row in generated]
+            texts += [tokenizer.decode(row[row >= 0].tolist()) for row in generated]
     return members
 
 

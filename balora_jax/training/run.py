@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -31,7 +32,7 @@ from balora_jax.training.config import (
     field_names,
     get_field,
 )
-from balora_jax.training.evaluation import EvaluationSet, accuracies, answer, evaluate_loss
+from balora_jax.training.evaluation import EvaluationSet, accuracies, answer, evaluate_loss, what_is_not_finite
 from balora_jax.training.progress import TrainingProgress
 from balora_jax.training.records import RunDirectory, RunError
 from balora_jax.training.step import Program, TrainState
@@ -158,6 +159,8 @@ class Trainer:
             jax.block_until_ready(state.step)
             seconds = time.perf_counter() - start
             tokens += int((batch["segment_ids"] > 0).sum())
+            if step == 1:
+                self._check_start(metrics["loss"], "loss of the first batch")
             waiting.append((step, metrics, seconds if compiled else float("nan")))
             compiled = True
             last = step == settings.steps
@@ -189,8 +192,19 @@ class Trainer:
         self._directory.append(records)
         return float(np.nanmedian(np.where(np.isfinite(values["loss"]), values["loss"], np.nan)))
 
+    def _check_start(self, losses: Any, what: str) -> None:
+        """Raises if a loss that comes before the first update is not finite: there is nothing to train from."""
+        for member, loss in zip(self._members, np.asarray(losses).tolist(), strict=True):
+            if not np.isfinite(loss):
+                raise ConfigError(
+                    f"{member}: the {what} must be finite before training, got {loss}; "
+                    f"{what_is_not_finite(self._program.base)}"
+                )
+
     def _evaluate(self, state: TrainState, step: int) -> None:
         losses = evaluate_loss(self._program, state, self._examples, batch_size=self._config.training.eval_batch_size)
+        if step == 0:
+            self._check_start(losses.total, "evaluation loss")
         self._directory.append(
             {
                 "kind": "evaluation",

@@ -410,6 +410,20 @@ def test_mistakes_of_evaluate_and_generate(model_folder, config_file, fails, mon
     assert "--system needs --chat" in fails("generate", model_folder, "--prompt", "x", "--system", "be kind")
 
 
+def test_numbers_that_are_not_finite_are_said(model_folder, config_file, fails, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "nan")
+    tensors = load_file(tmp_path / "nan" / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    tensors[name][3, 4] = np.nan
+    save_file(tensors, tmp_path / "nan" / "model.safetensors")
+    assert f"must be finite, got nan; the weight {name} holds" in fails(
+        "evaluate", config_file, "--model.path", tmp_path / "nan"
+    )
+    assert f"the logits of the model must be finite; the weight {name} holds" in fails(
+        "generate", tmp_path / "nan", "--prompt", "What is 3 + 4?", "--max-new-tokens", "12"
+    )
+
+
 def test_lapack_is_told_of_one_thread_before_it_is_loaded():
     run_alone(
         """

@@ -187,7 +187,18 @@ def test_rewriting_template_is_used_where_it_rewrites_nothing(tmp_path):
             ValueError,
             "must have an eos_token",
         ),
-        (lambda folder: write_config(folder, 300), ValueError, "has 3[0-9]+ tokens, its model only 300"),
+        (
+            lambda folder: write_config(folder, 300),
+            ValueError,
+            r"the id 3\d+, but its model has only 300 tokens, 0 to 299",
+        ),
+        (lambda folder: move(folder, "x"), ValueError, "gives the token 'x' the id 5000, but its model has"),
+        (lambda folder: move(folder, "<|im_end|>"), ValueError, r"the token '<\|im_end\|>' the id 5000, but its model"),
+        (
+            lambda folder: with_special(folder, pad_token="[PAD]"),
+            ValueError,
+            r"the token '\[PAD\]' the id 3\d+, but its",
+        ),
     ],
 )
 def test_unusable_tokenizers(tmp_path, change, error, message):
@@ -196,6 +207,21 @@ def test_unusable_tokenizers(tmp_path, change, error, message):
     change(tmp_path)
     with pytest.raises(error, match=message):
         load_tokenizer(tmp_path)
+
+
+def move(folder, token):
+    """Gives a token an id beyond all others, so that there is a hole."""
+    file = folder / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    whole["model"]["vocab"][token] = 5000
+    for added in whole["added_tokens"]:
+        added["id"] = 5000 if added["content"] == token else added["id"]
+    file.write_text(json.dumps(whole))
+
+
+def with_special(folder, **tokens):
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | tokens))
 
 
 def write_config(folder, vocab_size):

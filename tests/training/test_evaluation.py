@@ -19,6 +19,7 @@ from balora_jax.training.evaluation import (
     evaluate_loss,
     generate,
     generate_answers,
+    what_is_not_finite,
 )
 from balora_jax.training.run import load_data
 from balora_jax.training.step import Program, token_losses
@@ -113,6 +114,28 @@ def test_tokens_are_drawn_from_the_tempered_distribution(population):
         deviation = np.sqrt(expected * (1 - expected) / len(seen))
         assert len(seen) > 50
         assert (np.abs(shares - expected) < 5 * deviation + 1 / len(seen)).all()
+
+
+def test_what_is_not_finite_is_named(population):
+    model = member(population, 0)
+    assert what_is_not_finite(nnx.state(model)).startswith("all weights are finite, so that something overflows")
+    up = model.layers.mlp.up_proj
+    up.scale[...] = up.scale[...] * jnp.inf
+    assert what_is_not_finite(nnx.state(model)) == "the scale of the adapters is not finite; look at adapter.alpha"
+    up.base.kernel[...] = up.base.kernel[...].at[1, 2, 3].set(jnp.nan)
+    assert "the weight model.layers.1.mlp.up_proj.weight holds a NaN" in what_is_not_finite(nnx.state(model))
+
+
+def test_logits_that_are_not_finite_end_a_text_with_a_token_of_their_own(population):
+    """The second prompt holds a token whose embedding is not finite; its row alone."""
+    model = member(population, 0)
+    prompts = jnp.asarray([[1, 50, 60], [1, 50, 90]])
+    model.config = dataclasses.replace(model.config, tie_word_embeddings=False)
+    model.lm_head = nnx.Linear(16, 98, use_bias=False, rngs=nnx.Rngs(0))
+    model.embed_tokens.embedding[...] = model.embed_tokens.embedding[...].at[90].set(jnp.nan)
+    found = np.asarray(generate(model, prompts, jnp.ones_like(prompts), new_tokens=3, eos_id=2))
+    assert found[1].tolist() == [-1, 2, 2]
+    assert (found[0] >= 0).all()
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import load_file, save_file
 
 from balora_jax.cli import main
 from balora_jax.training import ConfigError, RunError, run
 from balora_jax.training.config import expand
+from balora_jax.training.evaluation import Losses
 from balora_jax.training.figures import elapsed_seconds
 from balora_jax.training.records import RunDirectory
 from balora_jax.training.run import sort_into_populations
@@ -263,6 +265,37 @@ def test_damage_is_reported(stopped, config, damage, message):
     with pytest.raises(RunError, match=message):
         run(config, SWEEP, stopped, QUIET)
     assert (stopped / "metrics.jsonl").read_text() == before, "nothing may be lost"
+
+
+def with_weight(folder, target, name, value):
+    """A copy of a model with one number of a tensor changed."""
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    tensors[name].flat[5] = value
+    save_file(tensors, target / "model.safetensors")
+    return str(target)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def test_a_loss_that_is_not_finite_before_the_first_step_stops_the_run(members, model_folder, tmp_path):
+    model = with_weight(model_folder, tmp_path / "nan", UP, np.nan)
+    with pytest.raises(ConfigError, match=f"lora: the evaluation loss must be finite before .* nan; the weight {UP} h"):
+        run(members(model__path=model), {}, tmp_path / "out", QUIET)
+    assert not (tmp_path / "out" / "metrics.jsonl").exists(), "the same command begins anew"
+
+
+def test_a_first_batch_whose_loss_is_not_finite_stops_the_run(members, model_folder, tmp_path, monkeypatch):
+    """As where a token is in the training data alone."""
+    fine = Losses(np.ones(1), {})
+    monkeypatch.setattr(sys.modules["balora_jax.training.run"], "evaluate_loss", lambda *arguments, **options: fine)
+    model = with_weight(model_folder, tmp_path / "nan", UP, np.inf)
+    with pytest.raises(
+        ConfigError, match=f"lora: the loss of the first batch must be finite .*; the weight {UP} holds"
+    ):
+        run(members(model__path=model), {}, tmp_path / "out", QUIET)
+    assert {record["kind"] for record in records(tmp_path / "out")} == {"evaluation"}
 
 
 def test_model_broken_by_its_last_update_counts_as_diverged(members, tmp_path):
