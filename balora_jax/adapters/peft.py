@@ -86,7 +86,8 @@ class PeftAdapter:
         metadata: of the file of tensors.
 
     Raises:
-        ValueError: a field of the config that names modules or layers has not the form that it must have.
+        ValueError: a field of the config that names modules or layers, or is true or false, has not the form that it
+            must have.
     """
 
     config: Mapping[str, Any]
@@ -100,6 +101,8 @@ class PeftAdapter:
         for name in ("target_modules", "exclude_modules"):
             names = _checked(self.config, name, "a regular expression or a list of names", _is_one_or_many(str))
             _check_expressions(name, [names] if isinstance(names, str) else ())
+        for name in ("use_rslora", "use_dora"):
+            _checked(self.config, name, "true or false", lambda value: isinstance(value, bool))
         _checked(self.config, "layers_to_transform", "a layer's number or a list of them", _is_one_or_many(int))
         stacks = _checked(self.config, "layers_pattern", "a name or a list of names", _is_one_or_many(str))
         _check_expressions("layers_pattern", () if stacks is None else _many(stacks))

@@ -75,13 +75,16 @@ def read_config(folder: str | Path) -> DecoderConfig:
 
 def _config(fields: dict[str, Any]) -> DecoderConfig:
     family = fields.get("model_type")
-    if family not in _FAMILIES:
+    if not isinstance(family, str) or family not in _FAMILIES:
         raise ValueError(f"model_type must be one of {', '.join(_FAMILIES)}, got {family!r}")
     for name, required in _REQUIRED.items():
         if fields.get(name) not in (None, required):
             raise ValueError(f"{name} must be {required!r}, got {fields[name]!r}: not implemented")
-    if family != "mistral" and set(fields.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(f"layer_types must all be 'full_attention', got {fields['layer_types']!r}: not implemented")
+    kinds = fields.get("layer_types")
+    if kinds is not None and not isinstance(kinds, list):
+        raise ValueError(f"layer_types must be a list, got {kinds!r}")
+    if family != "mistral" and any(kind != "full_attention" for kind in kinds or ()):
+        raise ValueError(f"layer_types must all be 'full_attention', got {kinds!r}: not implemented")
     fields = {**_DEFAULTS[family], **fields}
     if fields["num_key_value_heads"] is None:
         fields["num_key_value_heads"] = fields.get("num_attention_heads")
@@ -89,10 +92,18 @@ def _config(fields: dict[str, Any]) -> DecoderConfig:
     if missing:
         raise ValueError(f"the field {missing[0]} is missing")
     for name in ("head_dim", "sliding_window", *_SAME_NAME):
-        number = fields.get(name)
-        kinds = (int, float) if name == "rms_norm_eps" else (int,)
-        if number is not None and (isinstance(number, bool) or not isinstance(number, kinds)):
-            raise ValueError(f"{name} must be {'a number' if float in kinds else 'an integer'}, got {number!r}")
+        if fields.get(name) is not None:
+            _check_number(name, fields[name], integer=name != "rms_norm_eps")
+    tied = fields.get("tie_word_embeddings")
+    if not isinstance(tied, bool | None):
+        raise ValueError(f"tie_word_embeddings must be true or false, got {tied!r}")
+    if fields.get("head_dim") is None:
+        width, heads = fields["hidden_size"], fields["num_attention_heads"]
+        if heads < 1 or width % heads:
+            raise ValueError(
+                f"num_attention_heads must divide hidden_size ({width}) where there is no head_dim, got {heads}"
+            )
+        fields["head_dim"] = width // heads
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(fields.get(name), dict | None):
             raise ValueError(f"{name} must be an object, got {fields[name]!r}")
@@ -104,16 +115,15 @@ def _config(fields: dict[str, Any]) -> DecoderConfig:
             f"rope_scaling and rope_parameters must agree where both are there, got {given[1]} and {given[0]}"
         )
     theta = next((rope["rope_theta"] for rope in given if "rope_theta" in rope), fields.get("rope_theta", 10_000.0))
-    if isinstance(theta, bool) or not isinstance(theta, int | float):
-        raise ValueError(f"rope_theta must be a number, got {theta!r}")
+    _check_number("rope_theta", theta)
     return DecoderConfig(
         **{name: fields[name] for name in _SAME_NAME},
         **_FAMILIES[family],
-        head_dim=fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"],
-        rope_theta=float(theta),
+        head_dim=fields["head_dim"],
+        rope_theta=theta,
         rope_scaling=scalings[0] if scalings else None,
         sliding_window=fields.get("sliding_window") if family == "mistral" else None,
-        tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        tie_word_embeddings=bool(tied),
     )
 
 
@@ -134,9 +144,16 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     if missing:
         raise ValueError(f"rope_scaling lacks the field {missing[0]}")
     for name in names:
-        if isinstance(rope[name], bool) or not isinstance(rope[name], int | float):
-            raise ValueError(f"rope_scaling: {name} must be a number, got {rope[name]!r}")
-    return RopeScaling(**{name: rope[name] for name in names})
+        _check_number(f"rope_scaling: {name}", rope[name], integer=name == "original_max_position_embeddings")
+    try:
+        return RopeScaling(**{name: rope[name] for name in names})
+    except ValueError as error:
+        raise ValueError(f"rope_scaling: {error}") from error
+
+
+def _check_number(name: str, value: Any, *, integer: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int if integer else int | float):
+        raise ValueError(f"{name} must be {'an integer' if integer else 'a number'}, got {value!r}")
 
 
 def write_config(config: DecoderConfig, folder: str | Path) -> None:

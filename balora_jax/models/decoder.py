@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from balora_jax.casting import largest
 from balora_jax.models.attention import grouped_attention
 from balora_jax.rematerialisation import KEEP_MARKED, KEEP_NOTHING, keep
 from balora_jax.sharding import rows_at
@@ -22,15 +23,31 @@ SIZES = (
 )
 """The fields of `DecoderConfig` that give its shape."""
 
+_TINIEST = 2.0**-126  # of the numbers that float32 holds in full
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3's frequency scaling of the rotary embedding (`rope_type: llama3`)."""
+    """Llama-3's frequency scaling of the rotary embedding (`rope_type: llama3`).
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
 
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def __post_init__(self):
+        for name, least in (("factor", 1), ("low_freq_factor", 0), ("original_max_position_embeddings", 1)):
+            if not least <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} must be at least {least} and below 2**31, got {getattr(self, name)}")
+        if not self.low_freq_factor < self.high_freq_factor < 2**31:
+            raise ValueError(
+                f"high_freq_factor must be above low_freq_factor ({self.low_freq_factor}) and below 2**31, "
+                f"got {self.high_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +72,9 @@ class DecoderConfig:
         dtype: dtype of activations and products.
         param_dtype: dtype in which the base weights are stored.
         remat: whether the backward pass computes each block again from its input, or keeps the outputs of its products.
+
+    Raises:
+        ValueError: a number is out of its range.
     """
 
     vocab_size: int
@@ -77,8 +97,11 @@ class DecoderConfig:
 
     def __post_init__(self):
         for name in SIZES:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} must be at least 1 and below 2**31, got {getattr(self, name)}")
+        for name in ("rope_theta", "rms_norm_eps"):
+            if not _TINIEST <= getattr(self, name) <= largest("float32"):
+                raise ValueError(f"{name} must be a positive number that float32 holds, got {getattr(self, name)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads must divide num_attention_heads ({self.num_attention_heads}), "
@@ -86,8 +109,8 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for the rotary embedding, got {self.head_dim}")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window must be at least 1 or None, got {self.sliding_window}")
+        if self.sliding_window is not None and not 1 <= self.sliding_window < 2**31:
+            raise ValueError(f"sliding_window must be None, or at least 1 and below 2**31, got {self.sliding_window}")
 
 
 class Cache(NamedTuple):
@@ -116,7 +139,7 @@ class _Tokens(NamedTuple):
 def rotary_frequencies(config: DecoderConfig) -> jax.Array:
     """Returns the `head_dim / 2` angular frequencies of the rotary embedding, with Llama-3 scaling if set."""
     exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequencies = config.rope_theta**-exponents
+    frequencies = float(config.rope_theta) ** -exponents
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,7 +102,7 @@ def load_decoder(
     state = nnx.state(model, nnx.Param)
     flat = dict(nnx.to_flat_state(state))
     tensors = _Tensors(folder)
-    tensors.check({place.name: place.shape for key in flat for place in _places(key, flat[key].shape)})
+    tensors.check((place.name, place.shape) for key in flat for place in _places(key, flat[key].shape))
     if model.config.tie_word_embeddings:
         tensors.check_tied("lm_head.weight", "model.embed_tokens.weight")
     for key in sorted(flat, key=lambda key: -math.prod(flat[key].shape)):
@@ -177,19 +177,17 @@ def tensor_name(path: str, layer: int | None = None) -> str:
     return f"{prefix}{'.'.join(parents)}.{'bias' if leaf == 'bias' else 'weight'}"
 
 
-def _places(key: tuple, shape: tuple[int, ...]) -> list[_Place]:
-    """The tensors of a parameter of this shape: one for each layer if layers are stacked."""
+def _places(key: tuple, shape: tuple[int, ...]) -> Iterator[_Place]:
+    """The tensors of a parameter of this shape, one for each layer if layers are stacked; as many as a config says."""
     stacked, transposed = key[0] == "layers", key[-1] == "kernel"
     own = shape[1:] if stacked else shape
-    return [
-        _Place(
+    for layer in range(shape[0]) if stacked else (None,):
+        yield _Place(
             name=tensor_name(".".join(map(str, key)), layer),
             shape=own[::-1] if transposed else own,
             layer=layer,
             transposed=transposed,
         )
-        for layer in (range(shape[0]) if stacked else (None,))
-    ]
 
 
 def _cast(name: str, tensor: np.ndarray, dtype: Any) -> np.ndarray:
@@ -204,7 +202,7 @@ def _cast(name: str, tensor: np.ndarray, dtype: Any) -> np.ndarray:
 
 def _reader(tensors: "_Tensors", key: tuple, expected: jax.ShapeDtypeStruct) -> Callable[[Any], np.ndarray]:
     """A function from the slices of a part of a parameter to the part, read from the files."""
-    places = _places(key, expected.shape)
+    places = list(_places(key, expected.shape))
 
     def read_into(out: np.ndarray, place: _Place, index: tuple) -> None:
         part = tensors.read(place.name, index[::-1]).T if place.transposed else tensors.read(place.name, index)
@@ -277,9 +275,11 @@ class _Tensors:
         with _opened(self._files[name]) as file:  # anew for each, lest the pages of a mapped file add up
             return file.get_slice(name)[index]
 
-    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Raises if a tensor is missing, does not fit, or has no place in the model."""
-        for name, shape in expected.items():
+    def check(self, expected: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+        """Raises if a tensor is missing, does not fit, or has no place in the model; takes names with their shapes."""
+        known = {"lm_head.weight"}  # some files hold it though it is tied
+        for name, shape in expected:
+            known.add(name)
             if name not in self._headers:
                 raise ValueError(f"{self._folder} lacks the tensor {name}")
             found, dtype = self._headers[name]
@@ -290,8 +290,7 @@ class _Tensors:
                     f"{self._files[name]}: the tensor {name} must be of dtype {' or '.join(_DTYPES)}, got {dtype}"
                 )
         for name, path in self._files.items():
-            # some files hold the head though it is tied, old ones the frequencies of the rotary embedding
-            if name not in expected and name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
+            if name not in known and not name.endswith("rotary_emb.inv_freq"):  # which old files hold
                 raise ValueError(f"{path} holds the tensor {name}, which a model of this config does not have")
 
     def check_tied(self, name: str, other: str) -> None:

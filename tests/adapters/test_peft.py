@@ -224,6 +224,8 @@ def with_tensor(name, shape):
             lambda config, tensors: [tensors.pop(f"{UP}.lora_{side}.weight") for side in "AB"],
             f"lacks the tensor {UP}.lora_A.weight, which target_modules asks for",
         ),
+        (with_field(use_rslora="false"), "use_rslora must be true or false, got 'false'"),
+        (with_field(use_dora=1), "use_dora must be true or false, got 1"),
         (without("target_modules"), "target_modules must name the modules, got None"),
         (with_field(target_modules=["k_proj"]), f"holds the tensor {UP}.lora_A.weight, but target_modules"),
         (with_field(layers_to_transform=[1, 2]), "holds the tensor .*layers.0.*layers_to_transform leave it out"),

@@ -2,12 +2,16 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 from decoder_reference import CONFIGS, SIZES
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from balora_jax.models import Decoder, DecoderConfig, RopeScaling
-from balora_jax.models.config_json import read_config, write_config
+from balora_jax.models.config_json import _config, read_config, write_config
+from balora_jax.models.decoder import rotary_frequencies
 
 ABSENT = object()
 PLAIN = {
@@ -72,7 +76,10 @@ def test_read_config(fields, changes, tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
         ({"attention_bias": True}, "attention_bias must be False, got True"),
         ({"mlp_bias": True}, "mlp_bias must be False, got True"),
-        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be at least 1 or None, got 0"),
+        (
+            {"model_type": "mistral", "sliding_window": 0},
+            "sliding_window must be None, or at least 1 and below 2.*, got 0",
+        ),
         (
             {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]},
             r"layer_types must all be 'full_attention', got \['full_attention', 'sliding_attention'\]",
@@ -107,6 +114,42 @@ def test_read_config(fields, changes, tmp_path):
         ({"rope_parameters": {**DEFAULT, "rope_theta": "5"}}, "rope_theta must be a number, got '5'"),
         ({"rope_parameters": [1]}, r"rope_parameters must be an object, got \[1\]"),
         ({"rope_scaling": {"rope_type": "llama3", **SCALING, "factor": "8"}}, "factor must be a number, got '8'"),
+        ({"rope_theta": 0}, "rope_theta must be a positive number that float32 holds, got 0"),
+        ({"rope_theta": -1e4}, "rope_theta must be a positive number that float32 holds, got -10000.0"),
+        ({"rope_theta": float("nan")}, "rope_theta must be a positive number that float32 holds, got nan"),
+        ({"rope_theta": 10**400}, "rope_theta must be a positive number that float32 holds, got 10+$"),
+        ({"rope_theta": True}, "rope_theta must be a number, got True"),
+        ({"rope_parameters": {**DEFAULT, "rope_theta": 0.0}}, r"rope_theta must be a positive number .*, got 0\.0"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps must be a positive number that float32 holds, got -1"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number that float32 holds, got 0"),
+        ({"rms_norm_eps": 1e-60}, "rms_norm_eps must be a positive number that float32 holds, got 1e-60"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps must be a positive number that float32 holds, got inf"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, got 'false'"),
+        ({"tie_word_embeddings": 0}, "tie_word_embeddings must be true or false, got 0"),
+        ({"head_dim": 0}, "head_dim must be at least 1 and below 2.*, got 0"),
+        ({"head_dim": True}, "head_dim must be an integer, got True"),
+        ({"num_attention_heads": 0}, r"num_attention_heads must divide hidden_size \(16\) where there is no head_dim"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 3}, r"must divide hidden_size \(16\) .*, got 3"),
+        ({"num_attention_heads": 0, "head_dim": 4}, "num_attention_heads must be at least 1 and below 2.*, got 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be at least 1 and below 2.*, got 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers must be at least 1 and below 2.*, got -1"),
+        ({"vocab_size": 2**40}, "vocab_size must be at least 1 and below 2.*, got 1099511627776"),
+        ({"model_type": "mistral", "sliding_window": 2**31}, "sliding_window must be None, or at least 1"),
+        ({"model_type": "mistral", "sliding_window": 9.5}, r"sliding_window must be an integer, got 9\.5"),
+        ({"model_type": ["llama"]}, "model_type must be one of .* got \\['llama'\\]"),
+        ({"layer_types": 3}, "layer_types must be a list, got 3"),
+        ({"layer_types": [["full_attention"]]}, "layer_types must all be 'full_attention'"),
+        *[
+            ({"rope_scaling": {"rope_type": "llama3", **SCALING, **change}}, f"rope_scaling: {message}")
+            for change, message in (
+                ({"factor": 0}, "factor must be at least 1 and below 2.*, got 0"),
+                ({"factor": float("nan")}, "factor must be at least 1 and below 2.*, got nan"),
+                ({"low_freq_factor": -1.0}, "low_freq_factor must be at least 0 and below 2.*, got -1"),
+                ({"high_freq_factor": 1.0}, r"high_freq_factor must be above low_freq_factor \(1.0\) .* got 1"),
+                ({"original_max_position_embeddings": 0}, "original_max_position_embeddings must be at least 1"),
+                ({"original_max_position_embeddings": 64.5}, "original_max_position_embeddings must be an integer"),
+            )
+        ],
         *[({name: ABSENT}, f"the field {name} is missing") for name in (*SIZES, "num_attention_heads", "rms_norm_eps")],
     ],
 )
@@ -184,3 +227,30 @@ def test_published_models_have_their_number_of_parameters(name, tmp_path):
     config = read_config(tmp_path)
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == parameters
+
+
+NUMBERS = st.integers(-3, 9) | st.integers() | st.floats(allow_nan=True) | st.floats(0, 3)
+ANYTHING = NUMBERS | st.none() | st.booleans() | st.sampled_from(["false", "2", "", [], [1], {}, {"factor": 2}])
+READ = [*PLAIN, "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "tie_word_embeddings"]
+READ += ["layer_types", "hidden_act", "attention_bias", "use_sliding_window"]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]), st.dictionaries(st.sampled_from(READ), ANYTHING))
+def test_any_config_is_one_that_works_or_is_refused_by_a_field(family, fields):
+    fields = {**PLAIN, "model_type": family, **fields}
+    scaling = fields.get("rope_scaling")
+    if isinstance(scaling, dict) and scaling:
+        fields["rope_scaling"] = {"rope_type": "llama3", **SCALING, **scaling}
+    config, message = None, ""
+    try:
+        config = _config(fields)
+    except ValueError as error:
+        message = str(error)
+    if config is None:
+        assert any(name in message for name in fields), message
+        return
+    assert isinstance(config.tie_word_embeddings, bool)
+    frequencies = np.asarray(rotary_frequencies(dataclasses.replace(config, head_dim=min(config.head_dim, 64))))
+    assert np.isfinite(frequencies).all()
+    assert np.float32(config.rms_norm_eps) > 0

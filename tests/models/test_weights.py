@@ -107,6 +107,7 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
         ({}, {QUERY: ABSENT}, f"lacks the tensor {QUERY}"),
         ({}, {"lm_head.weight": ABSENT}, "lacks the tensor lm_head.weight"),
         ({"num_hidden_layers": 3}, {}, "lacks the tensor model.layers.2."),
+        ({"num_hidden_layers": 10**9}, {}, "lacks the tensor model.layers.2."),
         ({"model_type": "qwen2"}, {}, r"lacks the tensor model.layers.0.self_attn.\w_proj.bias"),
         ({}, {QUERY: np.zeros((16, 32), "f4")}, rf"{QUERY} must have shape \(32, 16\), got \(16, 32\)"),
         ({}, {"model.norm.weight": np.zeros(3, "f4")}, r"model.norm.weight must have shape \(16,\), got \(3,\)"),
