@@ -11,7 +11,7 @@ import pyarrow
 from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher
 
-_FORMAT = 2
+_FORMAT = 3
 """Part of every key; a change of the code that makes the same input give another output must raise it."""
 
 _SHARD = 10_000

@@ -36,14 +36,29 @@ def learned_spans(
             continue
         before, through = render(messages[:index], True), render(messages[: index + 1], False)
         if not (text.startswith(through) and through.startswith(before)):
-            shorter, longer = (before, through) if text.startswith(through) else (through, text)
-            same = next(i for i, (a, b) in enumerate(zip(shorter + "\0", longer + "\0", strict=False)) if a != b)
             raise ValueError(
-                f"the chat template renders turn {index + 1} of {len(messages)} otherwise when more follows: "
-                f"{shorter[same : same + 30]!r} became {longer[same : same + 30]!r} behind {text[:same][-30:]!r}; "
+                f"the chat template {_difference(render, messages, index, text)}; "
                 "with such a template the model would not learn what it is asked"
             )
         spans.append((len(before), len(through)))
     if not spans:
         raise ValueError(f"a conversation must have an assistant turn, got {[m['role'] for m in messages]}")
     return text, spans
+
+
+def _difference(
+    render: Callable[[Sequence[Message], bool], str], messages: Sequence[Message], index: int, text: str
+) -> str:
+    """Says what a template does to the turn of an index so that what is learned is not what is asked."""
+    asked, through = render(messages[:index], True), render(messages[: index + 1], False)
+    so_far = render(messages[:index], False)
+    turn = f"turn {index + 1} of {len(messages)}"
+    if text.startswith(through) and through.startswith(so_far) and asked.startswith(so_far):
+        prompt, rendered = asked[len(so_far) :], through[len(so_far) :]
+        return f"asks for {turn} with the generation prompt {prompt!r}, but renders the turn as {rendered[:60]!r}"
+    shorter, longer = (asked, through) if text.startswith(through) else (through, text)
+    same = next(i for i, (a, b) in enumerate(zip(shorter + "\0", longer + "\0", strict=False)) if a != b)
+    return (
+        f"renders {turn} otherwise when more follows: {shorter[same : same + 30]!r} became "
+        f"{longer[same : same + 30]!r} behind {text[:same][-30:]!r}"
+    )

@@ -6,14 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from balora_jax.data import chat_template
 from balora_jax.data.batches import Tokenizer
 from balora_jax.data.conversations import Message, learned_spans
 from balora_jax.data.tokenizer import CharTokenizer
 from balora_jax.models.config_json import read_config
 from balora_jax.models.folders import model_folder
-
-_DATE = "26 Jul 2024"
-"""What templates that state today's date (Llama 3) are told, so that a run does not depend on its day."""
 
 
 def load_tokenizer(model: str | Path, source: str | Path | None = None) -> Tokenizer:
@@ -197,14 +195,10 @@ class HubTokenizer:
             )
 
     def _render(self, messages: Sequence[Message], prompt: bool) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=prompt, date_string=_DATE
-            )
-        except TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(
-                f"the chat template of {self._folder} fails on the turns of {roles}: {type(error).__name__}: {error}"
-            ) from error
+        return chat_template.render(
+            self._tokenizer.get_chat_template(),
+            messages,
+            prompt=prompt,
+            special_tokens=self._tokenizer.special_tokens_map,
+            name=f"the chat template of {self._folder}",
+        )

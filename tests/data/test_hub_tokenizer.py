@@ -1,6 +1,7 @@
 """Tokenizers of published models, and which tokens of a conversation are learned."""
 
 import builtins
+import datetime
 import json
 
 import datasets
@@ -159,9 +160,30 @@ THINKING = turns(("user", "hello"), ("assistant", "<think>how</think>12"), ("use
     [
         ({"template": None}, turns(*CHAT), "has no chat template"),
         ({"template": REWRITING}, THINKING, r"turn 2 of 4 otherwise when more follows: '<think>how.* became '12"),
-        ({"template": THINKS_FIRST}, turns(*CHAT[:2]), r"turn 2 of 2 otherwise .*: '<think>.* became '12 apples"),
+        (
+            {"template": THINKS_FIRST},
+            turns(*CHAT[:2]),
+            r"asks for turn 2 of 2 with the generation prompt '<\|im_start\|>assistant\\n<think>', but renders the "
+            r"turn as '<\|im_start\|>assistant\\n12 apples",
+        ),
         ({"template": NO_END}, turns(*CHAT), r"must end assistant turns in a special token, got '12 apples\\n'"),
-        ({"template": "{{ raise_exception('no') }}"}, turns(*CHAT), "fails on the turns of user, assistant"),
+        ({"template": "{{ raise_exception('no') }}"}, turns(*CHAT), "fails on the turns of user, .* TemplateError: no"),
+        (
+            {"template": QWEN + "{{ [1, 2] | random }}"},
+            turns(*CHAT),
+            "it uses the filter random, which draws at random",
+        ),
+        ({"template": QWEN + "{{ [[1]] | map('random') | list }}"}, turns(*CHAT), "it uses the filter random, which"),
+        ({"template": QWEN + "{{ lipsum() }}"}, turns(*CHAT), "it uses lipsum, which draws at random"),
+        (
+            {"template": QWEN + "{{ strftime_now('%s') }}"},
+            turns(*CHAT),
+            r"it uses strftime_now\('%s'\), which depends on",
+        ),
+        ({"template": QWEN + "{{ now() }}"}, turns(*CHAT), "UndefinedError: 'now' is undefined"),
+        ({"template": "{% if %}"}, turns(*CHAT), "fails on the turns of user, .* TemplateSyntaxError"),
+        ({"template": "{{ strftime_now() }}"}, turns(*CHAT), "fails on the turns of user, .* TypeError"),
+        ({"template": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"}, turns(*CHAT), "RecursionError"),
         ({}, turns(("user", "hello")), r"must have an assistant turn, got \['user'\]"),
     ],
 )
@@ -169,6 +191,31 @@ def test_templates_that_cannot_be_learned_are_refused(tmp_path, changes, chat, m
     tokenizer = build(tmp_path, "qwen", **changes)
     with pytest.raises(ValueError, match=message):
         tokenizer.encode_conversation(chat)
+
+
+@pytest.mark.parametrize("form", ["%Y-%m-%d", "%d %B %Y %H:%M:%S"])
+def test_the_date_is_fixed(tmp_path, form):
+    template = QWEN.replace("You are", "Today is {}. You are").replace("{}", "' + strftime_now('" + form + "') + '")
+    tokenizer = build(tmp_path, "qwen", template=template)
+    chat = turns(*CHAT)
+    for tokens in (tokenizer.encode_conversation(chat)[0], tokenizer.encode_question(chat[:1])):
+        said = tokenizer._tokenizer.decode(tokens)
+        assert f"Today is {datetime.datetime(2024, 7, 26).strftime(form)}. You are" in said
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_templates_are_rendered_as_by_transformers(tokenizers, family):
+    tokenizer = tokenizers[family]
+    marked = QWEN.replace("message.content +", "'' }}{% generation %}{{ message.content }}{% endgeneration %}{{ '' +")
+    for template in (None, marked):
+        for chat, prompt in ((CHAT, False), (SYSTEM, False), (CHAT[:1], True), (SYSTEM[:2], True)):
+            if template:
+                tokenizer = HubTokenizer(tokenizer._folder, vocab_size=500)
+                tokenizer._tokenizer.chat_template = template
+            expected = tokenizer._tokenizer.apply_chat_template(
+                turns(*chat), tokenize=False, add_generation_prompt=prompt, date_string="26 Jul 2024"
+            )
+            assert tokenizer._render(turns(*chat), prompt) == expected
 
 
 def test_rewriting_template_is_used_where_it_rewrites_nothing(tmp_path):
