@@ -11,6 +11,7 @@ from rich.table import Table
 
 from balora_jax.adapters import load_adapters, read_peft
 from balora_jax.commands.folders import explained
+from balora_jax.data.hub_tokenizer import files_fingerprint, tokenizer_files
 from balora_jax.training.config import Config, ConfigError, Sweep, check
 from balora_jax.training.evaluation import accuracies, answer, evaluate_loss, what_is_not_finite
 from balora_jax.training.run import load_data, load_model
@@ -44,6 +45,10 @@ def report(config: Config, sweep: Sweep, adapter: Path | None, console: Console)
         with explained("--adapter"):
             load_adapters(model, peft)
     examples = load_data(config.data, config.model.path)[1]
+    own = files_fingerprint(adapter) if adapter is not None and tokenizer_files(adapter) else None
+    if own not in (None, examples.tokenizer.fingerprint):
+        note = f"the adapter has a tokenizer of its own, which is not used; --data.tokenizer {adapter} takes it"
+        console.print(note, markup=False, soft_wrap=True)
     program = cast(Program, Single(model))  # as much of one as an evaluation uses
     batch_size = config.training.eval_batch_size
     losses = evaluate_loss(program, NOTHING_TRAINED, examples, batch_size=batch_size)

@@ -9,7 +9,8 @@ from tyro.conf import Positional, arg
 from balora_jax.adapters import export_adapters, write_peft
 from balora_jax.commands.arguments import parse
 from balora_jax.commands.folders import check_free, whole_folder
-from balora_jax.commands.merge import write_merged
+from balora_jax.commands.merge import copy_tokenizer, write_merged
+from balora_jax.data.hub_tokenizer import tokenizer_files
 from balora_jax.methods import get_method
 from balora_jax.models.folders import model_folder
 from balora_jax.training.config import ConfigError
@@ -40,9 +41,10 @@ def main(arguments: list[str]) -> int:
     trained = load_trained(options.run, options.member)
     config = trained.config
     notes = []
+    tokenizer = None if config.data.tokenizer is None else model_folder(config.data.tokenizer, weights=False)
     if options.merged:
-        base = model_folder(config.model.path)
-        notes = write_merged(trained.model, base, options.out, dtype=config.model.param_dtype)
+        base, dtype = model_folder(config.model.path), config.model.param_dtype
+        notes = write_merged(trained.model, base, options.out, dtype=dtype, tokenizer=tokenizer)
         form = f"{config.model.path} with its adapter"
     else:
         try:
@@ -53,6 +55,9 @@ def main(arguments: list[str]) -> int:
             ) from error
         with whole_folder(options.out) as folder:
             write_peft(adapter, folder)
+            if tokenizer is not None and tokenizer_files(tokenizer):
+                copy_tokenizer(tokenizer, folder)
+                notes.append(f"with the tokenizer of {config.data.tokenizer}, which it was trained with")
         form = f"PEFT adapter of rank {adapter.config['r']} for {config.model.path}"
     print(f"{trained.name}, step {trained.step} of {config.training.steps}: {form}: {options.out}")
     if trained.diverged_at >= 0:

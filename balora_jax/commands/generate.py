@@ -18,7 +18,7 @@ from balora_jax.commands.arguments import parse
 from balora_jax.commands.folders import explained
 from balora_jax.data.batches import Tokenizer, pad_left
 from balora_jax.data.conversations import Message
-from balora_jax.data.hub_tokenizer import load_tokenizer
+from balora_jax.data.hub_tokenizer import load_tokenizer, tokenizer_files
 from balora_jax.data.tokenizer import CharTokenizer
 from balora_jax.models import Decoder
 from balora_jax.models.folders import model_folder
@@ -34,7 +34,8 @@ class Options:
     Attributes:
         model: a folder, or the name of a model that ships with the package.
         adapter: a PEFT folder.
-        tokenizer: another model's folder or name, whose tokenizer is taken; default the model's own.
+        tokenizer: another model's folder or name, whose tokenizer is taken; default the adapter's, if its folder holds
+            one, otherwise the model's.
         prompt: the texts; default the lines of the standard input.
         chat: puts each text to the assistant, as a user's turn in the tokenizer's chat template.
         system: the system prompt that goes before, with `--chat`; default that of the template, if it has one.
@@ -73,11 +74,13 @@ def main(arguments: list[str]) -> int:
     with explained("MODEL"):
         folder = model_folder(options.model)
         model = load_decoder(folder, dtype=options.dtype, param_dtype=options.dtype)
-    with explained("--tokenizer" if options.tokenizer else "MODEL"):
-        tokenizer = load_tokenizer(folder, options.tokenizer)
+    own = None
     if options.adapter is not None:
         with explained("--adapter"):
             load_adapters(model, read_peft(options.adapter))
+        own = options.adapter if tokenizer_files(options.adapter) else None
+    with explained("--tokenizer" if options.tokenizer else "--adapter" if own else "MODEL"):
+        tokenizer = load_tokenizer(folder, options.tokenizer or own)
     if isinstance(tokenizer, CharTokenizer):  # its models have learned a space between a question and the answer
         prompts = tuple(f"{prompt.rstrip()} " for prompt in prompts)
     if options.chat:

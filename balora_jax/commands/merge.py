@@ -1,6 +1,7 @@
 """`balora-jax merge`: an adapter added to the weights of its base."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +13,7 @@ from balora_jax.adapters import MergeError, iter_adapters, load_adapters, read_p
 from balora_jax.casting import WRITABLE
 from balora_jax.commands.arguments import parse
 from balora_jax.commands.folders import check_free, copy_other_files, explained, whole_folder
+from balora_jax.data.hub_tokenizer import files_fingerprint, load_tokenizer, tokenizer_files
 from balora_jax.models import Decoder
 from balora_jax.models.folders import model_folder
 from balora_jax.models.weights import load_decoder, save_decoder, stored_dtypes, tensor_name
@@ -27,7 +29,8 @@ class Options:
     Attributes:
         model: the base: a folder, or the name of a model that ships with the package.
         adapter: a PEFT folder.
-        out: a new folder; config.json, the tokenizer and the other small files of the base are copied along.
+        out: a new folder; config.json, the tokenizer and the other small files of the base are copied along. If the
+            adapter's folder holds a tokenizer, that one is taken.
         dtype: of the weights that are written; default that of each in the base. Sums are formed in float32.
     """
 
@@ -53,14 +56,16 @@ def main(arguments: list[str]) -> int:
         model = load_decoder(folder, param_dtype=options.dtype or jnp.result_type(*stored).name)
     with explained("ADAPTER"):
         load_adapters(model, adapter)
-    notes = write_merged(model, folder, options.out, dtype=options.dtype)
+    notes = write_merged(model, folder, options.out, dtype=options.dtype, tokenizer=options.adapter)
     print(f"merged {len(adapter.modules())} modules of {options.adapter} into {options.model}: {options.out}")
     for note in notes:
         print(note)
     return 0
 
 
-def write_merged(model: Decoder, base: Path, out: Path, *, dtype: str | None = None) -> list[str]:
+def write_merged(
+    model: Decoder, base: Path, out: Path, *, dtype: str | None = None, tokenizer: Path | None = None
+) -> list[str]:
     """Merges a model's adapters into its weights, in place, and writes the folder of the base with them.
 
     Args:
@@ -68,6 +73,7 @@ def write_merged(model: Decoder, base: Path, out: Path, *, dtype: str | None = N
         base: the folder that the model came from.
         out: a new folder.
         dtype: of the weights; default that of each in the base.
+        tokenizer: a folder whose tokenizer is taken in the place of the base's, if it holds one.
 
     Returns:
         What is otherwise than in the base, beside the merged weights, a line each.
@@ -84,29 +90,56 @@ def write_merged(model: Decoder, base: Path, out: Path, *, dtype: str | None = N
             name = tensor_name(f"{path}.kernel", error.index[0])
             raise ConfigError(f"the tensor {name}, with the adapter merged, {error.reason}") from error
     remove_adapters(model, merge=True)
-    stored = stored_dtypes(base)
-    written = stored if dtype is None else {dtype}
+    stored = sorted(stored_dtypes(base))
+    written = stored if dtype is None else [dtype]
     notes = []
     if written != stored:
-        notes.append(f"weights are written in {dtype}; those of the base are in {_shown(stored)}")
+        notes.append(f"weights are written in {dtype}; those of the base are in {' and '.join(stored)}")
     with whole_folder(out) as folder:
         with explained("OUT"):
             save_decoder(model, folder, base=base, dtype=dtype)
         copy_other_files(base, folder)  # its config.json too, which says more than the decoder needs
-        file = folder / "config.json"
-        fields = json.loads(file.read_text())
-        declared = {name: fields[name] for name in _DTYPE_FIELDS if fields.get(name) not in (None, "auto", *written)}
-        if declared:
-            file.write_text(
-                json.dumps(fields | dict.fromkeys(declared, jnp.result_type(*written).name), indent=2) + "\n"
-            )
-        for name, value in declared.items():
-            if value not in stored:
-                notes.append(
-                    f"config.json of the base declares the {name} {value}, but its weights are {_shown(stored)}"
-                )
+        notes += _declare_dtype(folder / "config.json", written, stored)
+        if tokenizer is not None:
+            notes += _take_tokenizer(tokenizer, folder)
     return notes
 
 
-def _shown(dtypes: set[str]) -> str:
-    return " and ".join(sorted(dtypes))
+def _declare_dtype(file: Path, written: list[str], stored: list[str]) -> list[str]:
+    """Changes the dtype that a base's config.json declares, if no weight is written in it; says what was wrong."""
+    fields = json.loads(file.read_text())
+    declared = {name: fields[name] for name in _DTYPE_FIELDS if fields.get(name) not in (None, "auto", *written)}
+    if declared:
+        fields |= dict.fromkeys(declared, jnp.result_type(*written).name)
+        file.write_text(json.dumps(fields, indent=2) + "\n")
+    return [
+        f"config.json of the base declares the {name} {value}, but its weights are {' and '.join(stored)}"
+        for name, value in declared.items()
+        if value not in stored
+    ]
+
+
+def _take_tokenizer(source: Path, folder: Path) -> list[str]:
+    """Puts a tokenizer in the place of that of a model's folder, and its end tokens into the configs there."""
+    if not tokenizer_files(source) or files_fingerprint(source) == files_fingerprint(folder):
+        return []
+    with explained(f"the tokenizer of {source}"):
+        ends = load_tokenizer(folder, source).end_ids
+    for file in tokenizer_files(folder):
+        file.unlink()
+    copy_tokenizer(source, folder)
+    notes = [f"the tokenizer is that of {source}"]
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        fields = json.loads(file.read_text()) if file.is_file() else {}
+        old = fields.get("eos_token_id")
+        if old is not None and set(old if isinstance(old, list) else [old]) != set(ends):
+            fields["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
+            file.write_text(json.dumps(fields, indent=2) + "\n")
+            notes.append(f"the eos_token_id of {file.name} is its {fields['eos_token_id']}, in the base {old}")
+    return notes
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies the files of a tokenizer, if there is one."""
+    for file in tokenizer_files(source):
+        shutil.copyfile(file, folder / file.name)

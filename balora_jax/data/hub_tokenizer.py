@@ -43,6 +43,21 @@ def load_tokenizer(model: str | Path, source: str | Path | None = None) -> Token
     )
 
 
+def tokenizer_files(folder: str | Path) -> list[Path]:
+    """Returns the files of a folder that its tokenizer consists of; none if it holds no `tokenizer.json`."""
+    beginnings = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges")
+    files = [file for file in sorted(Path(folder).iterdir()) if file.name.startswith(beginnings) and file.is_file()]
+    return files if any(file.name == "tokenizer.json" for file in files) else []
+
+
+def files_fingerprint(folder: str | Path) -> str:
+    """Returns a hash of a tokenizer's files."""
+    digest = hashlib.sha256()
+    for file in tokenizer_files(folder):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
 class HubTokenizer:
     """A tokenizer in Hugging Face's format, read through `transformers`.
 
@@ -87,13 +102,7 @@ class HubTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:  # noqa: D102
-        digest = hashlib.sha256()
-        for file in sorted(Path(self._folder).iterdir()):
-            if file.name.startswith(
-                ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges")
-            ):
-                digest.update(file.name.encode() + file.read_bytes())
-        return digest.hexdigest()
+        return files_fingerprint(self._folder)
 
     @property
     def pad_id(self) -> int:
