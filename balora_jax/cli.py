@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ Every field of the config can be set: balora-jax run CONFIG --help lists them. T
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit code: 0, 2 for a wrong command or config, 130 after an interruption."""
+    """Runs a command and returns the exit code: 0, 2 for a wrong command or config, 130 or 143 after a signal."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # read when JAX first calls LAPACK: threads slow r x r matrices down, by a lot where other programs use the cores
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -62,10 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, RunError) as error:
         print(f"balora-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        hint = "; the same command goes on from the last checkpoint" if arguments[0] == "run" else ""
-        print(f"balora-jax: interrupted{hint}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interruption:
+        hint = str(interruption) or ("nothing is lost; the same command goes on" if arguments[0] == "run" else "")
+        print(f"balora-jax: interrupted{hint and '; '}{hint}", file=sys.stderr)
+        return 128 + getattr(interruption, "signal", signal.SIGINT)
 
 
 def _read(

@@ -92,10 +92,14 @@ class RunDirectory:
 
     def rewind(self, population: str, step: int) -> None:
         """Forgets what a population recorded after a step: it is about to be done again."""
-        kept = [r for r in self.records if r["population"] != population or r["step"] <= step]
-        if len(kept) < len(self.records):
-            self.records = kept
-            _write_whole(self._metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        self.forget([r for r in self.records if r["population"] == population and r["step"] > step])
+
+    def forget(self, records: list[Record]) -> None:
+        """Forgets records, those of `of` say."""
+        if records:
+            forgotten = set(map(id, records))
+            self.records = [record for record in self.records if id(record) not in forgotten]
+            _write_whole(self._metrics, "".join(json.dumps(record) + "\n" for record in self.records))
 
     def of(self, kind: str, **equal: Any) -> list[Record]:
         """Returns the records of a kind whose fields have the given values."""

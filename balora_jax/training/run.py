@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,15 @@ from balora_jax.training.config import (
     field_names,
     get_field,
 )
-from balora_jax.training.evaluation import EvaluationSet, accuracies, answer, evaluate_loss, what_is_not_finite
+from balora_jax.training.evaluation import (
+    EvaluationSet,
+    Losses,
+    accuracies,
+    answer,
+    evaluate_loss,
+    what_is_not_finite,
+)
+from balora_jax.training.interruption import Interrupted, Interruptions
 from balora_jax.training.progress import TrainingProgress
 from balora_jax.training.records import RunDirectory, RunError
 from balora_jax.training.step import Program, TrainState
@@ -55,6 +64,7 @@ def run(config: Config, sweep: Sweep, output: Path, console: Console) -> list[di
     Raises:
         ConfigError: the config cannot be run, or the directory belongs to another config.
         RunError: the directory cannot be used: broken, or in use.
+        Interrupted: a signal came; the message says from where the same call goes on.
     """
     populations = sort_into_populations(expand(config, sweep))
     everyone = {name: member for members in populations.values() for name, member in members.items()}
@@ -106,20 +116,44 @@ class Trainer:
             console.print(f"{name}: left out {count} examples {reason}")
         seeds = sorted({member.seed for member in members.values()})
         self._iterators = {seed: self._batches(seed) for seed in seeds}
+        self._done = 0  # steps
 
     def train(self) -> None:
-        """Trains to the last step, from the latest checkpoint if there is one, and records the results."""
+        """Trains to the last step, from the latest checkpoint if there is one, and records the results.
+
+        Raises:
+            Interrupted: a signal came; between two steps, what has been done is saved first.
+        """
         settings = self._config.training
         checkpoints = Checkpoints(self._directory.path / "checkpoints" / self._name, keep=settings.keep_checkpoints)
         try:
-            state, first = self._resume(checkpoints)
-            with TrainingProgress(self._console, self._name, settings.steps, first) as progress:
-                if first == 0:
-                    self._evaluate(state, 0)
-                state = self._steps(state, first, checkpoints, progress)
+            state, self._done = self._resume(checkpoints)
+            with TrainingProgress(self._console, self._name, settings.steps, self._done) as progress:
+                if self._lacks_evaluation(self._done):  # the first, or one that a signal has broken off
+                    self._record_evaluation(self._losses(state), self._done)
+                state = self._steps(state, checkpoints, progress)
+            self._record_results(state)
+        except KeyboardInterrupt as interruption:
+            raise Interrupted(self._what_is_left(), getattr(interruption, "signal", signal.SIGINT)) from None
         finally:
             checkpoints.close()
-        self._record_results(state)
+
+    def _what_is_left(self) -> str:
+        """Says from where a run that stops now goes on."""
+        saved = max((record["step"] for record in self._directory.of("checkpoint", population=self._name)), default=0)
+        where = f"goes on from step {saved} of {self._name}" if saved else f"begins {self._name} anew"
+        return f"the same command {where}" + (f"; {self._done - saved} steps are lost" if self._done > saved else "")
+
+    def _evaluates_at(self, step: int) -> bool:
+        return step % self._config.training.eval_every == 0 or step == self._config.training.steps
+
+    def _lacks_evaluation(self, step: int) -> bool:
+        """Whether the record lacks an evaluation; of one that it holds in part it forgets the rest."""
+        found = self._directory.of("evaluation", population=self._name, step=step)
+        if not self._evaluates_at(step) or len(found) == len(self._members):
+            return False
+        self._directory.forget(found)
+        return True
 
     def _resume(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
         state = self._program.initial_state(list(self._members.values()), self._gradient_batches())
@@ -148,35 +182,44 @@ class Trainer:
         self._console.print(f"{self._name}: going on from step {step}")
         return state, step
 
-    def _steps(self, state, first: int, checkpoints: Checkpoints, progress: TrainingProgress) -> TrainState:
+    def _steps(self, state, checkpoints: Checkpoints, progress: TrainingProgress) -> TrainState:
         settings = self._config.training
         waiting: list[tuple[int, dict, float]] = []
         compiled, tokens = False, 0
-        for step in range(first + 1, settings.steps + 1):
-            batch = self._next_batch()
-            start = time.perf_counter()
-            state, metrics = self._program.step(state, self._program.base, batch)
-            jax.block_until_ready(state.step)
-            seconds = time.perf_counter() - start
-            tokens += int((batch["segment_ids"] > 0).sum())
-            if step == 1:
-                self._check_start(metrics["loss"], "loss of the first batch")
-            waiting.append((step, metrics, seconds if compiled else float("nan")))
-            compiled = True
-            last = step == settings.steps
-            evaluating = last or step % settings.eval_every == 0
-            saving = last or step % settings.checkpoint_every == 0
-            if evaluating or saving or step % settings.log_every == 0:
-                loss = self._record_steps(waiting)
-                progress.update(step, loss, tokens)
-                waiting, tokens = [], 0
-            if evaluating:
-                self._evaluate(state, step)
-            if saving:
-                place = {str(seed): iterator.get_state() for seed, iterator in self._iterators.items()}
-                checkpoints.save(step, state, place)
-                self._directory.append([{"kind": "checkpoint", "population": self._name, "step": step}])
+        with Interruptions() as interruptions:
+            for step in range(self._done + 1, settings.steps + 1):
+                batch = self._next_batch()
+                start = time.perf_counter()
+                state, metrics = self._program.step(state, self._program.base, batch)
+                jax.block_until_ready(state.step)
+                seconds = time.perf_counter() - start
+                tokens += int((batch["segment_ids"] > 0).sum())
+                if step == 1:
+                    self._check_start(metrics["loss"], "loss of the first batch")
+                waiting.append((step, metrics, seconds if compiled else float("nan")))
+                compiled, self._done = True, step
+                stopping = interruptions.received is not None
+                evaluating = self._evaluates_at(step) and not stopping
+                saving = step == settings.steps or step % settings.checkpoint_every == 0
+                if evaluating or saving or stopping or step % settings.log_every == 0:
+                    loss = self._record_steps(waiting)
+                    progress.update(step, loss, tokens)
+                    waiting, tokens = [], 0
+                if evaluating:
+                    with interruptions.at_once():
+                        losses = self._losses(state)
+                    if interruptions.received is None:
+                        self._record_evaluation(losses, step)
+                if saving or interruptions.received is not None:
+                    self._save(checkpoints, state)
+                if interruptions.received is not None:
+                    raise Interrupted(signal=interruptions.received)
         return state
+
+    def _save(self, checkpoints: Checkpoints, state: TrainState) -> None:
+        place = {str(seed): iterator.get_state() for seed, iterator in self._iterators.items()}
+        checkpoints.save(self._done, state, place)
+        self._directory.append([{"kind": "checkpoint", "population": self._name, "step": self._done}])
 
     def _record_steps(self, waiting: list[tuple[int, dict, float]]) -> float:
         """Writes the metrics of some steps; returns the last median loss."""
@@ -201,8 +244,10 @@ class Trainer:
                     f"{what_is_not_finite(self._program.base)}"
                 )
 
-    def _evaluate(self, state: TrainState, step: int) -> None:
-        losses = evaluate_loss(self._program, state, self._examples, batch_size=self._config.training.eval_batch_size)
+    def _losses(self, state: TrainState) -> Losses:
+        return evaluate_loss(self._program, state, self._examples, batch_size=self._config.training.eval_batch_size)
+
+    def _record_evaluation(self, losses: Losses, step: int) -> None:
         if step == 0:
             self._check_start(losses.total, "evaluation loss")
         self._directory.append(
@@ -219,7 +264,7 @@ class Trainer:
 
     def _record_results(self, state: TrainState) -> None:
         steps = self._config.training.steps
-        self._directory.rewind(self._name, steps)
+        self._directory.forget(self._directory.of("result", population=self._name))  # some, if that was interrupted
         if self._examples.score is None:
             shares: list[dict] = [{"all": None} for _ in self._members]
         else:

@@ -22,8 +22,9 @@ from balora_jax.training import ConfigError, RunError, run
 from balora_jax.training.config import expand
 from balora_jax.training.evaluation import Losses
 from balora_jax.training.figures import elapsed_seconds
+from balora_jax.training.interruption import Interrupted
 from balora_jax.training.records import RunDirectory
-from balora_jax.training.run import sort_into_populations
+from balora_jax.training.run import Trainer, sort_into_populations
 
 SWEEP = {"method": ("lora", "balora"), "optimizer.learning_rate": (1e-3, 1e-2, 1e-1), "seed": (0, 1)}
 QUIET = Console(quiet=True)
@@ -182,6 +183,66 @@ def test_killed_run_goes_on_and_ends_with_the_same_numbers(config, tmp_path, cap
     assert main(["run", str(file), "--output", str(killed)]) == 0
     assert "balora: going on from step" in capsys.readouterr().out
     assert without_time(records(killed)) == without_time(records(whole))
+
+
+def numbers(folder):
+    """The records without times and without when checkpoints were made, in an order of their own."""
+    kept = [record for record in without_time(records(folder)) if record["kind"] != "checkpoint"]
+    return sorted(kept, key=lambda record: (record["kind"], record["member"], record["step"]))
+
+
+@pytest.fixture(scope="module")
+def two_seeds(config, tmp_path_factory):
+    """A config with dropout and rare checkpoints, and the finished run of two of its seeds."""
+    adapter = dataclasses.replace(config.adapter, dropout=0.3)
+    training = dataclasses.replace(config.training, checkpoint_every=100)
+    config = dataclasses.replace(config, adapter=adapter, training=training)
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    run(config, {"seed": (0, 1)}, folder, QUIET)
+    return config, folder
+
+
+@pytest.mark.parametrize(
+    ("where", "call", "signals", "message", "saved"),
+    [
+        ("_next_batch", 2, [signal.SIGINT], "the same command goes on from step 2 of lora", 2),
+        ("_losses", 2, [signal.SIGTERM], "the same command goes on from step 3 of lora", 3),
+        ("_losses", 3, [signal.SIGINT], "the same command goes on from step 6 of lora", 6),
+        ("_losses", 1, [signal.SIGINT], "the same command begins lora anew", None),
+        ("_next_batch", 4, [signal.SIGINT] * 2, "the same command begins lora anew; 3 steps are lost", None),
+    ],
+)
+def test_a_signal_saves_what_is_done(two_seeds, where, call, signals, message, saved, tmp_path, monkeypatch, capfd):
+    config, whole = two_seeds
+    calls, original = [], getattr(Trainer, where)
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == call:
+            for number in signals:
+                os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(Trainer, where, interrupted)
+    with pytest.raises(Interrupted, match=f"^{message}$") as caught:
+        run(config, {"seed": (0, 1)}, tmp_path / "out", QUIET)
+    assert caught.value.signal == signals[0]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    checkpoints = tmp_path / "out" / "checkpoints" / "lora"
+    assert [int(path.name) for path in checkpoints.iterdir()] == ([saved] if saved else [])
+    monkeypatch.undo()
+    run(config, {"seed": (0, 1)}, tmp_path / "out", QUIET)
+    assert numbers(tmp_path / "out") == numbers(whole)
+
+
+def test_results_that_were_recorded_in_part_are_recorded_again(two_seeds, tmp_path):
+    config, whole = two_seeds
+    shutil.copytree(whole, tmp_path / "out")
+    lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "out" / "metrics.jsonl").write_text("".join(lines[:-1]))
+    run(config, {"seed": (0, 1)}, tmp_path / "out", QUIET)
+    assert without_time(records(tmp_path / "out")) == without_time(records(whole))
 
 
 @pytest.fixture
