@@ -44,7 +44,10 @@ def report(config: Config, sweep: Sweep, adapter: Path | None, console: Console)
     if peft is not None:
         with explained("--adapter"):
             load_adapters(model, peft)
-    examples = load_data(config.data, config.model.path)[1]
+    _, examples, left_out = load_data(config.data, config.model.path)
+    for what, count in left_out.items():
+        if what.startswith("evaluation"):
+            console.print(f"left out {count} {what}", markup=False, highlight=False, soft_wrap=True)
     own = files_fingerprint(adapter) if adapter is not None and tokenizer_files(adapter) else None
     if own not in (None, examples.tokenizer.fingerprint):
         note = f"the adapter has a tokenizer of its own, which is not used; --data.tokenizer {adapter} takes it"

@@ -4,18 +4,20 @@ Examples have the columns `module`, `prompt` and `answer` (and `choices`), or `m
 """
 
 import difflib
-import itertools
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow.compute
 
 from balora_jax.data import mathematics, rows
 from balora_jax.data.cache import mapped, written
+from balora_jax.data.mathematics.published import read_file
 from balora_jax.data.rows import Reader
 from balora_jax.data.scores import Score, exact_match, same_final_answer
 from balora_jax.data.sources import read_source, split
@@ -30,12 +32,14 @@ class DataSettings:
         path: where the published data lie, see `read_source`; None for the Hub, or to generate.
         tokenizer: another model's folder or name on the Hub whose tokenizer and chat template are taken, as an instruct
             model's for its base; None for the model's own.
-        modules: parts of the data set to use; empty for all.
+        modules: parts of the data set to use; empty for all. Of a split of harder questions (`extrapolate`), those of
+            the same name, and with `_big`, `_longer`, `_more` or `_more_samples` behind it.
         difficulty: difficulties of generated questions, mixed evenly.
         train_examples: largest number of training examples; None for all of a published data set.
         eval_examples: largest number of evaluation examples; None for all of a published evaluation split. A data set
             without such a split holds this number out from training.
-        eval_split: the published split to evaluate on; None for `validation` where there is one, otherwise `test`.
+        eval_split: the published split to evaluate on; None for `validation` where there is one, otherwise `test`, and
+            for `interpolate` of DeepMind Mathematics.
         length: most tokens of a row; longer examples are left out, and counted, but bare texts are cut into pieces.
         packing: whether several examples share a row of this length in training. Otherwise rows are as long as the
             longest example, rounded up to a multiple of 64.
@@ -62,7 +66,7 @@ class Splits(NamedTuple):
         train: the training examples.
         evaluation: the evaluation examples; none is also a training example.
         score: whether an answer is right; None where answers are only judged by their loss.
-        left_out: number of examples that were left out, by the reason.
+        left_out: how much was left out, by what it is ("training examples that ...").
     """
 
     train: datasets.Dataset
@@ -82,15 +86,12 @@ def load(settings: DataSettings) -> Splits:
         near = difflib.get_close_matches(settings.recipe, RECIPES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"data.recipe must be one of {', '.join(RECIPES)}, got {settings.recipe!r}{hint}")
-    recipe = RECIPES[settings.recipe]
-    if settings.eval_split is not None and not isinstance(recipe, Published):
-        raise ValueError(f"data.eval_split must be None for {settings.recipe}, got {settings.eval_split!r}")
-    splits = recipe(settings)
+    splits = RECIPES[settings.recipe](settings)
     train, repeated = _without_prompts_of(splits.evaluation, splits.train)
-    left_out = {**splits.left_out, "that are also evaluation examples": repeated}
-    left_out = {reason: n for reason, n in left_out.items() if n}
+    left_out = {**splits.left_out, "training examples that are also evaluation examples": repeated}
+    left_out = {what: n for what, n in left_out.items() if n}
     if not len(train) or not len(splits.evaluation):
-        reasons = "".join(f"; left out: {n} {reason}" for reason, n in left_out.items())
+        reasons = "".join(f"; left out: {n} {what}" for what, n in left_out.items())
         raise ValueError(
             f"{settings.recipe} must have examples to train and to evaluate on, "
             f"got {len(train)} and {len(splits.evaluation)}{reasons}"
@@ -114,6 +115,44 @@ def _without_prompts_of(evaluation: datasets.Dataset, train: datasets.Dataset) -
     held_out = set(prompts(evaluation)) - {""}  # bare text has no prompt, and lines (headings) that recur
     kept = np.fromiter((prompt not in held_out for prompt in prompts(train)), bool, len(train))
     return (train if kept.all() else train.select(np.flatnonzero(kept))), len(train) - int(kept.sum())
+
+
+def check_lengths(
+    settings: DataSettings, examples: datasets.Dataset, kept: np.ndarray, what: Literal["training", "evaluation"]
+) -> dict[str, int]:
+    """Says which examples were left out because of their length.
+
+    Args:
+        settings: of the data.
+        examples: the examples.
+        kept: which of them were kept, by their places.
+        what: what they are for.
+
+    Returns:
+        The number of those that were left out, by what they are; empty if there are none.
+
+    Raises:
+        ValueError: no example is left of a module that the settings name.
+    """
+    kept = np.unique(kept)
+    if len(kept) == len(examples) and not settings.modules:
+        return {}
+    modules = examples.select_columns(["module"]).with_format("arrow")[:]["module"]
+    before, after = (set(pyarrow.compute.unique(column).to_pylist()) for column in (modules, modules.take(kept)))
+    for name in settings.modules:
+        if not any(_is_of(module, name) for module in after):
+            long = any(_is_of(module, name) for module in before)
+            why = f"of at most {settings.length} tokens (data.length)" if long else "among those drawn"
+            raise ValueError(f"data.modules: {name} has no {what} example {why}")
+    gone = sorted(before - after)
+    all_of = f", all of {', '.join(gone)} among them" if gone else ""
+    count = len(examples) - len(kept)
+    return {f"{what} examples of more than {settings.length} tokens{all_of}": count} if count else {}
+
+
+def _is_of(module: str, name: str) -> bool:
+    """Whether a module is the one of a name, perhaps with harder questions."""
+    return re.fullmatch(re.escape(name) + "(_big|_longer|_more|_more_samples)?", module) is not None
 
 
 _TEXT = datasets.Value("string")
@@ -157,23 +196,23 @@ class Published:
 
     def __call__(self, settings: DataSettings) -> Splits:
         """Loads the data set; raises like `load`."""
-        train: list[datasets.Dataset] = []
-        evaluation: list[datasets.Dataset] = []
-        unusable = 0
+        examples: dict[str, list[datasets.Dataset]] = {"training": [], "evaluation": []}
+        unusable = dict.fromkeys((f"{what} examples without a question or an answer" for what in examples), 0)
         parts = self._parts(settings)
-        for part in parts:
+        shares = (_shares(count, len(parts)) for count in (settings.train_examples, settings.eval_examples))
+        for part, train_examples, eval_examples in zip(parts, *shares, strict=True):
             drawn = split(
                 read_source(settings.path, hub=self.hub, part=part),
-                train_examples=_share(settings.train_examples, len(parts)),
-                eval_examples=_share(settings.eval_examples, len(parts)),
+                train_examples=train_examples,
+                eval_examples=eval_examples,
                 eval_split=settings.eval_split,
                 seed=settings.seed,
             )
             module = part if part and len(self.parts) > 1 else settings.recipe
-            for source, target in zip(drawn, (train, evaluation), strict=True):
-                target.append(self._examples(source, module))
-                unusable += len(source) - len(target[-1])
-        return Splits(_joined(train), _joined(evaluation), self.score, {"without a question or an answer": unusable})
+            for source, found, what in zip(drawn, examples.values(), unusable, strict=True):
+                found.append(self._examples(source, module))
+                unusable[what] += len(source) - len(found[-1])
+        return Splits(_joined(examples["training"]), _joined(examples["evaluation"]), self.score, unusable)
 
     def _parts(self, settings: DataSettings) -> list[str] | list[None]:
         """The configurations to read; None for a place that is not divided into them."""
@@ -211,8 +250,9 @@ def _joined(parts: list[datasets.Dataset]) -> datasets.Dataset:
     return datasets.concatenate_datasets([part for part in parts if len(part)]) if any(map(len, parts)) else parts[0]
 
 
-def _share(count: int | None, parts: int) -> int | None:
-    return None if count is None else -(-count // parts)
+def _shares(count: int | None, parts: int) -> list[int | None]:
+    """A number divided evenly, what is over spread out; None for all of every part."""
+    return [None if count is None else (i + 1) * count // parts - i * count // parts for i in range(parts)]
 
 
 def as_dataset(examples: Iterable[mathematics.Example], frames: Frames = _BARE) -> datasets.Dataset:
@@ -223,19 +263,31 @@ def as_dataset(examples: Iterable[mathematics.Example], frames: Frames = _BARE) 
 def _mathematics(settings: DataSettings, frames: Frames = _BARE) -> Splits:
     """School mathematics: generated, or the DeepMind Mathematics data set (arXiv 1904.01557) from a folder.
 
-    From a folder, training takes `train-easy`, `train-medium` and `train-hard`, evaluation takes `interpolate`.
+    From a folder, training takes `train-easy`, `train-medium` and `train-hard`, evaluation takes `interpolate` or the
+    split that the settings name.
     """
     if settings.path is None:
         if settings.train_examples is None or settings.eval_examples is None:
             raise ValueError("data.train_examples and data.eval_examples must be numbers where examples are generated")
+        if settings.eval_split is not None:
+            raise ValueError(f"data.eval_split must be None for {settings.recipe}, got {settings.eval_split!r}")
         modules = settings.modules or mathematics.MODULES
         draw = partial(mathematics.generate, modules, difficulty=settings.difficulty, seed=settings.seed)
         train = as_dataset(draw(settings.train_examples, split="train"), frames)
         evaluation = as_dataset(draw(settings.eval_examples, split="evaluation"), frames)
-    else:
-        evaluation = _read_evenly(settings, ("interpolate",), settings.eval_examples, frames)
-        train = _read_evenly(settings, ("train-easy", "train-medium", "train-hard"), settings.train_examples, frames)
-    return Splits(train, evaluation, exact_match, {})
+        return Splits(train, evaluation, exact_match, {})
+    if settings.eval_split in _TRAIN_SPLITS:
+        raise ValueError(f"data.eval_split must be none of those for training, got {settings.eval_split!r}")
+    evaluation, unread = _read_evenly(settings, (settings.eval_split or "interpolate",), settings.eval_examples, frames)
+    train, unread_train = _read_evenly(settings, _TRAIN_SPLITS, settings.train_examples, frames)
+    left_out = {
+        "training files, as data.train_examples is below their number": unread_train,
+        "evaluation files, as data.eval_examples is below their number": unread,
+    }
+    return Splits(train, evaluation, exact_match, left_out)
+
+
+_TRAIN_SPLITS = "train-easy", "train-medium", "train-hard"
 
 
 def _dm_mathematics(settings: DataSettings) -> Splits:
@@ -247,19 +299,32 @@ def _dm_mathematics(settings: DataSettings) -> Splits:
 
 def _read_evenly(
     settings: DataSettings, splits: tuple[str, ...], count: int | None, frames: Frames
-) -> datasets.Dataset:
-    """At most `count` published examples, as many from each file."""
+) -> tuple[datasets.Dataset, int]:
+    """At most `count` published examples, as many from each file or one less; and how many files give none."""
     assert settings.path is not None
-    names = sorted(path.stem for path in (Path(settings.path) / splits[0]).glob("*.txt"))
-    modules = settings.modules or tuple(names)
-    per_file = _share(count, max(len(modules) * len(splits), 1))
-    read = partial(mathematics.read_folder, settings.path, modules, split=splits, limit=per_file)
-    return written(
-        lambda: map(frames.row, itertools.islice(read(), count)),
-        files=mathematics.list_files(settings.path, modules, split=splits),
+    files = [
+        file
+        for part in splits
+        for file in mathematics.list_files(settings.path, _modules_of(settings, part), split=part)
+    ]
+    shares = _shares(count, len(files))
+    examples = written(
+        lambda: (frames.row(example) for pair in zip(files, shares, strict=True) for example in read_file(*pair)),
+        files=files,
         features=datasets.Features(_ANSWERS),
-        key=("mathematics", modules, splits, count, frames),
+        key=("mathematics", [(file.parent.name, file.stem) for file in files], count, frames),
     )
+    return examples, shares.count(0)
+
+
+def _modules_of(settings: DataSettings, part: str) -> list[str]:
+    """The modules that are read of a published split: all, or those that the settings name."""
+    assert settings.path is not None
+    there = sorted(path.stem for path in (Path(settings.path) / part).glob("*.txt"))
+    if not settings.modules:
+        return there
+    found = {name: [module for module in there if _is_of(module, name)] for name in settings.modules}
+    return [module for name, modules in found.items() for module in modules or [name]]
 
 
 RECIPES: dict[str, Callable[[DataSettings], Splits]] = {

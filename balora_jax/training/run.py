@@ -112,8 +112,8 @@ class Trainer:
         self._directory, self._console = directory, console
         self._config = next(iter(members.values()))
         self._train_rows, self._examples, left_out = load_data(self._config.data, self._config.model.path)
-        for reason, count in left_out.items():
-            console.print(f"{name}: left out {count} examples {reason}")
+        for what, count in left_out.items():
+            console.print(f"{name}: left out {count} {what}", markup=False, soft_wrap=True)
         seeds = sorted({member.seed for member in members.values()})
         self._iterators = {seed: self._batches(seed) for seed in seeds}
         self._done = 0  # steps
@@ -343,7 +343,7 @@ _LENGTH_MULTIPLE = 64
 
 @cache
 def load_data(settings: DataSettings, model: str = ModelSettings.path) -> tuple[Rows, EvaluationSet, dict[str, int]]:
-    """Training rows, evaluation examples, and how many examples were left out, by the reason.
+    """Training rows, evaluation examples, and how much was left out, by what it is.
 
     Args:
         settings: what to load.
@@ -361,6 +361,11 @@ def load_data(settings: DataSettings, model: str = ModelSettings.path) -> tuple[
         train, held_out = (
             encode(split, tokenizer, max_length=settings.length) for split in (splits.train, splits.evaluation)
         )
+        left_out = (
+            splits.left_out
+            | recipes.check_lengths(settings, splits.train, train.kept, "training")
+            | recipes.check_lengths(settings, splits.evaluation, held_out.kept, "evaluation")
+        )
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data: {error}") from error
     if settings.packing:
@@ -370,8 +375,6 @@ def load_data(settings: DataSettings, model: str = ModelSettings.path) -> tuple[
         length = min(settings.length, -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
         rows = pad(train, length=length, pad_id=tokenizer.pad_id)
     examples = EvaluationSet.build(held_out, splits.evaluation, tokenizer, score=splits.score)
-    long = len(splits.train) - len(np.unique(train.kept)) + len(splits.evaluation) - len(np.unique(held_out.kept))
-    left_out = {**splits.left_out, **({f"of more than {settings.length} tokens": long} if long else {})}
     return rows, examples, left_out
 
 

@@ -4,13 +4,15 @@ import collections
 import dataclasses
 
 import datasets
+import numpy as np
 import published_rows as published
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from published_rows import rows, write
 
 from balora_jax.data import cache as cache_module
 from balora_jax.data import recipes
-from balora_jax.data.mathematics import published as mathematics_files
 from balora_jax.data.recipes import DataSettings, load
 from balora_jax.data.scores import exact_match, same_final_answer
 
@@ -67,7 +69,7 @@ def test_published_files_by_the_same_name(mathematics):
     assert set(splits.train["module"]) == {"algebra__linear_1d", "numbers__gcd"}
     assert len(splits.evaluation) == 8
     assert len(splits.train) == 29, "the question that is also an evaluation question is left out"
-    assert splits.left_out == {"that are also evaluation examples": 1}
+    assert splits.left_out == {"training examples that are also evaluation examples": 1}
     assert not set(splits.train["prompt"]) & set(splits.evaluation["prompt"])
     one = load(dataclasses.replace(settings, modules=("numbers__gcd",)))
     assert set(one.train["module"]) == {"numbers__gcd"}
@@ -78,11 +80,85 @@ def test_published_files_by_the_same_name(mathematics):
     assert (len(everything.train), len(everything.evaluation)) == (2 * 3 * 9 - 1, 19)
 
 
+@pytest.fixture
+def many_files(tmp_path):
+    """56 modules in four splits, and harder questions of some in a fifth; modules are letters."""
+    names = [f"{first}{second}__x" for first in "abcdefgh" for second in "abcdefg"]
+    folders = dict.fromkeys(("train-easy", "train-medium", "train-hard", "interpolate"), names)
+    folders["extrapolate"] = ["aa__x_big", "ab__x_more_samples", "ab__x_y_longer"]
+    for split, modules in folders.items():
+        (tmp_path / split).mkdir()
+        for module in modules:
+            (tmp_path / split / f"{module}.txt").write_text("".join(f"{split} {module} {i}?\n{i}\n" for i in range(9)))
+    return tmp_path
+
+
+def test_as_many_examples_from_each_file(many_files):
+    splits = read("dm_mathematics", many_files, train_examples=200, eval_examples=60)
+    assert collections.Counter(by_module(splits.evaluation).values()) == {1: 52, 2: 4}
+    questions = [prompt.split()[1:3] for prompt in splits.train["prompt"]]
+    assert collections.Counter(collections.Counter(map(tuple, questions)).values()) == {1: 168 - 32, 2: 32}
+    assert splits.left_out == {}
+    splits = read("dm_mathematics", many_files, train_examples=100, eval_examples=40)
+    assert splits.left_out == {
+        "training files, as data.train_examples is below their number": 68,
+        "evaluation files, as data.eval_examples is below their number": 16,
+    }
+    by_split = collections.Counter(prompt.split()[1] for prompt in splits.train["prompt"])
+    assert set(by_split.values()) == {33, 34}, "what is over is spread over all"
+
+
+def test_harder_questions_can_be_evaluated(many_files):
+    for modules, expected in (
+        ((), {"aa__x_big": 2, "ab__x_more_samples": 2, "ab__x_y_longer": 2}),
+        (("ab__x",), {"ab__x_more_samples": 6}),
+        (("aa__x", "ab__x"), {"aa__x_big": 3, "ab__x_more_samples": 3}),
+    ):
+        splits = read("dm_mathematics", many_files, eval_examples=6, eval_split="extrapolate", modules=modules)
+        assert by_module(splits.evaluation) == expected
+        assert set(splits.train["module"]) == (set(modules) or set(by_module(read("mathematics", many_files).train)))
+    with pytest.raises(
+        FileNotFoundError, match=r"no file .*extrapolate/ac__x\.txt for module 'ac__x'; .* holds aa__x_big"
+    ):
+        read("dm_mathematics", many_files, eval_split="extrapolate", modules=("ac__x",))
+    with pytest.raises(FileNotFoundError, match=r"no folder .*/extrapolte; .* holds .*extrapolate"):
+        read("dm_mathematics", many_files, eval_split="extrapolte")
+    with pytest.raises(ValueError, match=r"data\.eval_split must be none of those for training, got 'train-hard'"):
+        read("dm_mathematics", many_files, eval_split="train-hard")
+
+
+@given(st.integers(0, 10**9), st.integers(1, 300))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_shares_are_equal_to_one_and_add_up(count, parts):
+    shares = recipes._shares(count, parts)
+    assert (len(shares), sum(shares)) == (parts, count)
+    assert max(shares) - min(shares) <= 1
+
+
+def test_what_is_too_long_is_said_with_the_modules_that_it_was_all_of():
+    examples = datasets.Dataset.from_dict({"module": list("aabbc"), "answer": [""] * 5})
+    every, some = np.arange(5), np.array([0, 0, 2, 3])  # two are pieces of one text
+
+    def said(kept, what="evaluation", **settings):
+        return recipes.check_lengths(DataSettings(length=7, **settings), examples, kept, what)
+
+    assert said(every) == said(every, modules=("a", "b", "c")) == {}
+    assert said(some) == {"evaluation examples of more than 7 tokens, all of c among them": 2}
+    assert said(np.array([0, 2, 4]), "training") == {"training examples of more than 7 tokens": 2}
+    assert said(some, modules=("a", "b")) == {"evaluation examples of more than 7 tokens, all of c among them": 2}
+    with pytest.raises(
+        ValueError, match=r"data\.modules: c has no training example of at most 7 tokens \(data\.length\)"
+    ):
+        said(some, "training", modules=("a", "c"))
+    with pytest.raises(ValueError, match=r"data\.modules: d has no evaluation example among those drawn"):
+        said(every, modules=("d",))
+
+
 def test_published_files_are_read_once(mathematics, cache, monkeypatch):
     settings = DataSettings(path=str(mathematics), train_examples=30, eval_examples=8)
     first = load(settings)
     assert first.train.cache_files, "it lies on disk, and not in memory"
-    monkeypatch.setattr(mathematics_files, "_read_file", lambda *arguments: pytest.fail("read again"))
+    monkeypatch.setattr(recipes, "read_file", lambda *arguments: pytest.fail("read again"))
     assert load(settings).train[:] == first.train[:]
     monkeypatch.undo()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache.parent)
@@ -130,7 +206,8 @@ def test_instruction_sets_are_conversations(name, tmp_path):
     assert FIRST[name] in everyone
     assert by_module(splits.train) == {recipe: len(splits.train)}
     unusable = {"alpaca": 1, "openhermes_v2": 2}.get(name, 0)
-    assert splits.left_out == ({"without a question or an answer": unusable} if unusable else {})
+    assert sum(splits.left_out.values()) == unusable
+    assert all(what.endswith("examples without a question or an answer") for what in splits.left_out)
     assert len(everyone) == 20 - unusable
     asked = [[turn["content"] for turn in messages if turn["role"] != "assistant"] for messages in everyone]
     assert len(set(map(tuple, asked))) == len(everyone), "no question is in both splits"
@@ -164,7 +241,8 @@ def test_wikitext_is_lines(tmp_path):
         write(file, rows(published.wikitext, count))
     write(tmp_path / "wikitext-103-raw-v1" / "train-00000-of-00001.parquet", rows(published.wikitext, 300))
     splits = read("wikitext", tmp_path)
-    assert splits.left_out == {"without a question or an answer": 13}
+    unusable = "{} examples without a question or an answer"
+    assert splits.left_out == {unusable.format("training"): 10, unusable.format("evaluation"): 3}
     assert set(splits.train["prompt"]) == {""}
     assert sorted(splits.evaluation["answer"]) == ["= Heading ="] * 3 + [f"line {i} of a page" for i in (2, 5, 8)]
     assert list(splits.train["answer"]).count("= Heading =") == 10, "headings recur"
@@ -176,7 +254,7 @@ def test_wikitext_is_lines(tmp_path):
 )
 def test_documents_are_learned_whole(name, expected, tmp_path):
     splits = read(name, write(tmp_path / "x.parquet", rows(getattr(published, name), 12)), eval_examples=3)
-    assert splits.left_out == {"without a question or an answer": 1}
+    assert list(splits.left_out.values()) == [1]
     assert expected in [*splits.train["answer"], *splits.evaluation["answer"]]
     assert set(splits.train["prompt"]) == set(splits.evaluation["prompt"]) == {""}
     assert splits.score is None
@@ -201,7 +279,7 @@ def test_arc_has_both_parts_as_modules(tmp_path):
     assert by_module(read("arc", tmp_path / "ARC-Easy").train) == {"arc": 12}
     limited = read("arc", tmp_path, train_examples=5, eval_examples=2)
     assert (by_module(limited.train), by_module(limited.evaluation)) == (
-        {"ARC-Easy": 3, "ARC-Challenge": 3},
+        {"ARC-Challenge": 2, "ARC-Easy": 3},
         {"ARC-Easy": 1, "ARC-Challenge": 1},
     )
 
@@ -256,7 +334,7 @@ def test_repeated_questions_are_not_in_both_splits(tmp_path):
     )
     assert asked
     assert not asked & held_out
-    assert len(splits.train) + splits.left_out["that are also evaluation examples"] == 24
+    assert len(splits.train) + splits.left_out["training examples that are also evaluation examples"] == 24
 
 
 def test_texts_in_csv_that_look_like_missing_values(tmp_path):
@@ -378,7 +456,7 @@ def test_interrupted_work_goes_on_at_its_shard(tmp_path, cache, monkeypatch):
         ({"recipe": "openhermes", "path": "flat.csv"}, ValueError, "columns of other types than those published"),
         ({"recipe": "arc", "path": "arc.json"}, ValueError, "answerKey must be one of the labels A, B, got 'E'"),
         ({"recipe": "alpaca", "path": "silent.json"}, ValueError,
-         "must have examples to train and to evaluate on, got 0 and 0; left out: 3 without a question or an answer"),
+         "must have examples to train and to evaluate on, got 0 and 0; left out: 2 training .*; left out: 1 eval"),
     ],
 )  # fmt: skip
 def test_errors_name_what_is_wrong(settings, error, message, tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def test_run_leaves_loss_and_score(recipe, config, qwen, files, tmp_path):
     assert (row["accuracy"] is not None) == scored
     line = next(line for line in (tmp_path / "out" / "results.txt").read_text().splitlines() if "±" in line)
     assert (" - " in line) == (not scored)
-    assert ("left out 1 examples of more than 96 tokens" in console.export_text()) == (recipe == "alpaca")
+    assert ("left out 1 training examples of more than 96 tokens" in console.export_text()) == (recipe == "alpaca")
 
 
 def test_packed_conversations_are_learned_as_alone(qwen, files):

@@ -37,7 +37,7 @@ def read_folder(
     files = list_files(path, modules, split=split)
     if limit is not None and limit < 0:
         raise ValueError(f"`limit` must be None or at least 0, got {limit!r}")
-    return (example for file in files for example in _read_file(file, limit))
+    return (example for file in files for example in read_file(file, limit))
 
 
 def list_files(path: str | os.PathLike[str], modules: Sequence[str], *, split: str | Sequence[str]) -> list[Path]:
@@ -57,8 +57,8 @@ def list_files(path: str | os.PathLike[str], modules: Sequence[str], *, split: s
     return files
 
 
-def _read_file(path: Path, limit: int | None) -> Iterator[Example]:
-    """Read the first `limit` examples of one file."""
+def read_file(path: Path, limit: int | None) -> Iterator[Example]:
+    """Read the first `limit` examples of one file, or all; the errors are those of `read_folder`."""
     with path.open(encoding="utf-8") as file:
         lines = (line.rstrip("\r\n") for line in file)
         for number in itertools.count() if limit is None else range(limit):
