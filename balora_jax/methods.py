@@ -8,9 +8,11 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from balora_jax.adapters import (
@@ -94,6 +96,22 @@ class Method:
         parameters = inspect.signature(self.optimizer).parameters.values()
         own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "adapter_scale"}
         return own | dict(self.initialisation.options)
+
+    @cached_property
+    def unused_settings(self) -> tuple[str, ...]:
+        """The settings that the optimizer does not read, and that so play no part in this method."""
+        read: set[str] = set()
+
+        class Noted(OptimizerSettings):
+            def __getattribute__(self, name):
+                read.add(name)
+                return super().__getattribute__(name)
+
+        noted = Noted()
+        own = {"adapter_scale": 1.0} if "adapter_scale" in inspect.signature(self.optimizer).parameters else {}
+        learning_rate_schedule(noted, 100)(jnp.int32(0))
+        self.optimizer(noted, 100, **own)
+        return tuple(field.name for field in dataclasses.fields(OptimizerSettings) if field.name not in read)
 
     @property
     def has_pairs(self) -> bool:

@@ -1,5 +1,6 @@
 """`balora-jax inspect`: the pairs of a PEFT adapter in numbers and as a figure."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +27,7 @@ class Options:
 
     Attributes:
         adapter: a PEFT folder.
-        figure: file for a figure, .png or .pdf say.
+        figure: file for a figure, .png or .pdf say; without an ending it gets .png.
     """
 
     adapter: Annotated[Path, Positional, arg(metavar="ADAPTER")]
@@ -40,11 +41,14 @@ def main(arguments: list[str]) -> int:
         adapter = read_peft(options.adapter)
         diagnoses = diagnose_adapter(adapter, scaled=True)
     console = Console(highlight=False, soft_wrap=True)
-    if options.figure is not None:
+    figure = options.figure
+    if figure is not None:
+        name, ending = os.path.splitext(figure)
+        figure = Path(f"{name}.png") if ending in ("", ".") else figure
         try:
-            draw(diagnoses, options.figure)
+            draw(diagnoses, figure)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot write the figure {options.figure}: {error}") from error
+            raise ConfigError(f"cannot write the figure {figure}: {error}") from error
     Console(width=max(console.width, TABLE_WIDTH)).print(_table(diagnoses))
     if adapter.config.get("use_dora"):
         console.print("DoRA: these are the updates of the direction, before the columns get their magnitudes")
@@ -53,8 +57,8 @@ def main(arguments: list[str]) -> int:
             f"{adapter.config['init_lora_weights']}: what the pairs started with has been taken from the base, so that "
             "these are more than what was learned"
         )
-    if options.figure is not None:
-        console.print(f"figure: {options.figure}")
+    if figure is not None:
+        console.print(f"figure: {figure}")
     return 0
 
 

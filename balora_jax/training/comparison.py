@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,10 @@ def load_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[Record]]:
             raise RunError(f"{folder} must be the output of a finished run: {error}") from error
         results = {r["member"]: r for r in records if r["kind"] == "result"}
         curves: dict[str, dict[int, float]] = {}
+        counts = Counter((r["kind"], r["member"], r["step"]) for r in records if r["kind"] != "checkpoint")
+        for (kind, member, step), count in counts.items():
+            if count > 1:
+                raise RunError(f"{folder / 'metrics.jsonl'} holds {count} {kind} records of step {step} of {member}")
         for record in records:
             if record["kind"] == "evaluation":
                 curves.setdefault(record["member"], {})[record["step"]] = float(record["evaluation_loss"])

@@ -184,6 +184,11 @@ def expand(config: Config, sweep: Sweep) -> tuple[Config, ...]:
             if run in runs:
                 raise ConfigError(f"sweep holds a run twice: {choice}")
             check(run)
+            for name in get_method(run.method).unused_settings:
+                if len(mapping.get(f"optimizer.{name}", ())) > 1:
+                    raise ConfigError(
+                        f"sweep: optimizer.{name} plays no part in {run.method}, whose runs would be the same"
+                    )
             runs.append(run)
     return tuple(runs)
 
@@ -287,6 +292,10 @@ def check(config: Config) -> None:
         raise ConfigError(f"optimizer.clip_norm must be positive or None, got {config.optimizer.clip_norm}")
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"seed must be from 0 to 2**32 - 1, got {config.seed}")
+    for name in ("options", "data.modules"):
+        entries = [entry[0] if name == "options" else entry for entry in get_field(config, name)]
+        if twice := [entry for entry in entries if entries.count(entry) > 1]:
+            raise ConfigError(f"{name} must name everything once, got {twice[0]!r} {entries.count(twice[0])} times")
     try:
         method = get_method(config.method)
         scale = adapter_scale(config.adapter.alpha, config.adapter.rank, method.scaling)
@@ -294,6 +303,13 @@ def check(config: Config) -> None:
         method.transformation(config.optimizer, config.balance, steps=steps, scale=scale, options=options)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    for name in method.unused_settings:
+        value, default = getattr(config.optimizer, name), getattr(OptimizerSettings(), name)
+        if value != default and (name, value) != ("weight_decay", 0):
+            own = f"; its own {name} is among its options" if name in method.options else ""
+            raise ConfigError(
+                f"optimizer.{name} plays no part in {config.method} and must be left at {default}, got {value}{own}"
+            )
 
 
 def _check_types(value: Any, prefix: str) -> None:

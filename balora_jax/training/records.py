@@ -10,6 +10,7 @@ results.json, results.txt, figure.png    made from metrics.jsonl at the end
 import dataclasses
 import fcntl
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ import jax
 from balora_jax.training.config import Config, ConfigError
 
 _PACKAGES = ("balora-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "datasets", "grain", "numpy")
+
+_KINDS = ("train", "evaluation", "result")  # of records of members; there are checkpoints too
 
 Record = dict[str, Any]
 
@@ -73,7 +77,7 @@ class RunDirectory:
             self._check_same(_parse(config_file, dict), json.loads(json.dumps(resolved)))
         else:
             _write_whole(config_file, json.dumps(resolved, indent=2) + "\n")
-        self._metrics = path / "metrics.jsonl"
+        self._metrics, self._members = path / "metrics.jsonl", set(members)
         self.records = self._read()
         self._write_environment()
 
@@ -105,6 +109,32 @@ class RunDirectory:
         """Returns the records of a kind whose fields have the given values."""
         return [r for r in self.records if r["kind"] == kind and all(r[k] == v for k, v in equal.items())]
 
+    def check_complete(
+        self, population: str, members: Iterable[str], *, step: int, eval_every: int, finished: bool = False
+    ) -> None:
+        """Raises `RunError` if the record of a population lacks something up to a step, or holds it twice.
+
+        Args:
+            population: its name.
+            members: those of its members.
+            step: the step, of a checkpoint or the last.
+            eval_every: steps between evaluations.
+            finished: whether it is the last one, so that it has been evaluated, and there are results.
+        """
+        expected = [("evaluation", at) for at in range(0, step, eval_every)]
+        expected += [("train", at) for at in range(1, step + 1)]
+        expected += [("evaluation", step), ("result", step)] if finished else []
+        records = [r for r in self.records if r["population"] == population and "member" in r and r["step"] <= step]
+        found = Counter((r["member"], r["kind"], r["step"]) for r in records)
+        until = f"up to its {'last' if finished else 'checkpoint of'} step {step}"
+        for member, (kind, at) in itertools.product(members, expected):
+            if found[member, kind, at] != 1:
+                wrong = "holds twice" if found[member, kind, at] else "lacks"
+                raise RunError(
+                    f"{self._metrics} {wrong} records of {population} {until}: the {kind} record of step {at} of "
+                    f"{member}; put the file back, or delete the run directory to start again"
+                )
+
     def _check_same(self, old: Any, new: Any) -> None:
         for name in sorted(set(old) | set(new)):
             before, after = _flat(old.get(name, {})), _flat(new.get(name, {}))
@@ -125,7 +155,7 @@ class RunDirectory:
         for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
-                if not isinstance(record, dict) or not {"kind", "population", "step"} <= set(record):
+                if not isinstance(record, dict) or not self._is_record(record):
                     raise RunError(f"{self._metrics}, line {number} is no record of a run; the record is broken")
                 records.append(record)
             except json.JSONDecodeError as error:
@@ -134,6 +164,12 @@ class RunDirectory:
                     break
                 raise RunError(f"{self._metrics}, line {number} is not JSON ({error}); the record is broken") from None
         return records
+
+    def _is_record(self, record: Record) -> bool:
+        """Whether a line is one that this run writes."""
+        kind, member = record.get("kind"), record.get("member")
+        own = kind == "checkpoint" or (kind in _KINDS and isinstance(member, str) and member in self._members)
+        return own and isinstance(record.get("population"), str) and isinstance(record.get("step"), int)
 
     def _write_environment(self) -> None:
         file = self.path / "environment.json"

@@ -74,6 +74,8 @@ def run(config: Config, sweep: Sweep, output: Path, console: Console) -> list[di
         for name, members in populations.items():
             if len(directory.of("result", population=name)) < len(members):
                 Trainer(name, members, programs[name], directory, console).train()
+            steps, eval_every = programs[name].config.training.steps, programs[name].config.training.eval_every
+            directory.check_complete(name, members, step=steps, eval_every=eval_every, finished=True)
         axes = {name: results.numeric_axes(members.values(), NUMERIC_FIELDS) for name, members in populations.items()}
         rows = results.summarise(directory, everyone, axes)
         (output / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
@@ -116,7 +118,7 @@ class Trainer:
             console.print(f"{name}: left out {count} {what}", markup=False, soft_wrap=True)
         seeds = sorted({member.seed for member in members.values()})
         self._iterators = {seed: self._batches(seed) for seed in seeds}
-        self._done = 0  # steps
+        self._done = self._saved = 0  # steps
 
     def train(self) -> None:
         """Trains to the last step, from the latest checkpoint if there is one, and records the results.
@@ -127,7 +129,7 @@ class Trainer:
         settings = self._config.training
         checkpoints = Checkpoints(self._directory.path / "checkpoints" / self._name, keep=settings.keep_checkpoints)
         try:
-            state, self._done = self._resume(checkpoints)
+            state = self._resume(checkpoints)
             with TrainingProgress(self._console, self._name, settings.steps, self._done) as progress:
                 if self._lacks_evaluation(self._done):  # the first, or one that a signal has broken off
                     self._record_evaluation(self._losses(state), self._done)
@@ -140,9 +142,9 @@ class Trainer:
 
     def _what_is_left(self) -> str:
         """Says from where a run that stops now goes on."""
-        saved = max((record["step"] for record in self._directory.of("checkpoint", population=self._name)), default=0)
-        where = f"goes on from step {saved} of {self._name}" if saved else f"begins {self._name} anew"
-        return f"the same command {where}" + (f"; {self._done - saved} steps are lost" if self._done > saved else "")
+        where = f"goes on from step {self._saved} of {self._name}" if self._saved else f"begins {self._name} anew"
+        lost = self._done - self._saved
+        return f"the same command {where}" + (f"; {lost} steps are lost" if lost else "")
 
     def _evaluates_at(self, step: int) -> bool:
         return step % self._config.training.eval_every == 0 or step == self._config.training.steps
@@ -155,7 +157,8 @@ class Trainer:
         self._directory.forget(found)
         return True
 
-    def _resume(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+    def _resume(self, checkpoints: Checkpoints) -> TrainState:
+        """The state of the latest checkpoint, or the first one; the record is that of its step."""
         state = self._program.initial_state(list(self._members.values()), self._gradient_batches())
         step = checkpoints.latest_step()
         if step is None:
@@ -167,20 +170,16 @@ class Trainer:
                     f"directory to start again"
                 )
             self._directory.rewind(self._name, -1)
-            return state, 0
-        evaluated = self._directory.of("evaluation", population=self._name, step=0)
-        trained = self._directory.of("train", population=self._name, step=step)
-        if len(evaluated) < len(self._members) or len(trained) < len(self._members):
-            raise RunError(
-                f"{self._directory.path / 'metrics.jsonl'} lacks records of {self._name} up to its checkpoint of step "
-                f"{step}; put the file back, or delete the run directory to start again"
-            )
+            return state
+        eval_every = self._config.training.eval_every
+        self._directory.check_complete(self._name, self._members, step=step, eval_every=eval_every)
         state, place = checkpoints.restore(step, state)
         for seed, iterator in self._iterators.items():
             iterator.set_state(place[str(seed)])
         self._directory.rewind(self._name, step)
+        self._done = self._saved = step
         self._console.print(f"{self._name}: going on from step {step}")
-        return state, step
+        return state
 
     def _steps(self, state, checkpoints: Checkpoints, progress: TrainingProgress) -> TrainState:
         settings = self._config.training
@@ -220,6 +219,7 @@ class Trainer:
         place = {str(seed): iterator.get_state() for seed, iterator in self._iterators.items()}
         checkpoints.save(self._done, state, place)
         self._directory.append([{"kind": "checkpoint", "population": self._name, "step": self._done}])
+        self._saved = self._done
 
     def _record_steps(self, waiting: list[tuple[int, dict, float]]) -> float:
         """Writes the metrics of some steps; returns the last median loss."""

@@ -112,6 +112,16 @@ def test_inspect_shows_every_pair_in_order(tmp_path, capsys):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("given", "written"), [("plain", "plain.png"), ("dot.", "dot.png"), ("x.pdf", "x.pdf")])
+def test_inspect_reports_the_figure_that_it_wrote(given, written, tmp_path, capsys):
+    modules = {"h.0.x": LowRank(np.eye(3, 2, dtype=np.float32), np.eye(2, 4, dtype=np.float32), 1.0)}
+    write_peft(from_modules(modules), tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    call("inspect", tmp_path / "in", "--figure", tmp_path / "out" / given)
+    assert capsys.readouterr().out.endswith(f"figure: {tmp_path / 'out' / written}\n")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [written]
+
+
 def test_inspect_says_where_products_are_not_the_updates(tmp_path, capsys):
     modules = {"h.0.x": LowRank(np.eye(3, 2, dtype=np.float32), np.eye(2, 4, dtype=np.float32), 1.0)}
     plain = from_modules(modules)
@@ -264,6 +274,13 @@ def test_mistakes_of_adapters_and_models(adapter, model_folder, config_file, fai
     for arguments in (["inspect", other], ["balance", other, out]):
         assert "gives it the rank 7, adapter_model.safetensors 3" in fails(*arguments)
     assert "cannot write the figure" in fails("inspect", adapter, "--figure", tmp_path / "none" / "x.png")
+
+
+def test_evaluate_says_what_was_left_out(config_file, capsys):
+    call("evaluate", config_file, "--data.length", "33")
+    shown = capsys.readouterr().out
+    left_out = int(re.search(r"^left out (\d+) evaluation examples of more than 33 tokens$", shown, re.MULTILINE)[1])
+    assert 0 < left_out == 10 - int(re.search(r"all +(\d+)", shown)[1])
 
 
 def test_mistakes_of_evaluate_and_generate(model_folder, config_file, fails, monkeypatch):

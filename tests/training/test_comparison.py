@@ -90,6 +90,10 @@ def test_what_cannot_be_compared_raises(tmp_path):
         load_runs([tmp_path])
     with pytest.raises(RunError, match=r"lora-0\.1-1 has no result"):
         load_runs([write_run(tmp_path / "part", unfinished=["lora-0.1-1"])])
+    twice = write_run(tmp_path / "twice") / "metrics.jsonl"
+    twice.write_text(twice.read_text() + twice.read_text().splitlines()[-1] + "\n")
+    with pytest.raises(RunError, match=r"metrics\.jsonl holds 2 result records of step 5 of balora-0\.4-2"):
+        load_runs([tmp_path / "twice"])
     runs, _ = load_runs([write_run(tmp_path / "one")])
     with pytest.raises(ValueError, match="two of one seed"):
         best_cell(runs, ["optimizer.learning_rate"])

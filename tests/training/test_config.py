@@ -118,6 +118,8 @@ BAD_FIELDS = [
     ("data.modules", ["a"], "data.modules must be of type tuple"),
     ("data.difficulty", (1, "2"), "data.difficulty must be of type tuple"),
     ("seed", -1, "seed must be from 0"),
+    ("options", (("a", 1.0), ("b", 2.0), ("a", 3.0)), "options must name everything once, got 'a' 2 times"),
+    ("data.modules", ("a", "b", "b", "b"), "data.modules must name everything once, got 'b' 3 times"),
 ]
 
 
@@ -126,6 +128,39 @@ def test_check_names_the_field(field, value, message):
     check(BASE)
     with pytest.raises(ConfigError, match=message):
         check(with_field(BASE, field, value))
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value", "message"),
+    [
+        (
+            "scaled_gd",
+            "weight_decay",
+            0.1,
+            r"optimizer\.weight_decay plays no part in scaled_gd and must be left at 0\.01",
+        ),
+        (
+            "balora_gd",
+            "weight_decay",
+            0.1,
+            r"optimizer\.weight_decay plays no part in balora_gd and must be left at 0\.01",
+        ),
+        ("balora_gd", "b1", 0.5, r"optimizer\.b1 plays no part in balora_gd and must be left at 0\.9, got 0\.5$"),
+        (
+            "lora_rite",
+            "clip_norm",
+            None,
+            r"optimizer\.clip_norm plays no .*got None; its own clip_norm is among its options",
+        ),
+        ("galore", "eps", 1e-3, r"optimizer\.eps plays no part in galore .*; its own eps is among its options"),
+    ],
+)
+def test_settings_that_a_method_does_not_read_are_refused(method, name, value, message):
+    config = with_field(BASE, "method", method)
+    check(with_field(config, "optimizer.weight_decay", 0.0))
+    check(with_field(BASE, f"optimizer.{name}", value))
+    with pytest.raises(ConfigError, match=message):
+        check(with_field(config, f"optimizer.{name}", value))
 
 
 @pytest.mark.parametrize(
@@ -138,6 +173,10 @@ def test_check_names_the_field(field, value, message):
         ({"seed": ()}, "seed must have a sequence of values"),
         ({"seed": (1, 1)}, "holds a run twice"),
         ([("seed", (1,))], "must map field names"),
+        (
+            {"method": ("lora", "scaled_gd"), "optimizer.weight_decay": (0.0, 0.01)},
+            "sweep: optimizer.weight_decay plays no part in scaled_gd",
+        ),
     ],
 )
 def test_bad_sweeps(sweep, message):

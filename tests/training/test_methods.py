@@ -119,6 +119,17 @@ def test_members_do_not_touch_each_other(trained):
         assert not np.array_equal(joint[0], joint[1])
 
 
+def test_settings_that_a_method_does_not_read():
+    assert {name: method.unused_settings for name, method in METHODS.items() if method.unused_settings} == {
+        "scaled_gd": ("b1", "b2", "eps", "weight_decay"),
+        "balora_gd": ("b1", "b2", "eps", "weight_decay"),
+        "scaled_adamw": ("eps",),
+        "lora_rite": ("eps", "clip_norm"),
+        "loro": ("eps",),
+        "galore": ("eps",),
+    }
+
+
 def test_options_are_checked(config):
     for method, option, message in (
         ("lora_plus", ("ratio", 0.5), "ratio must be at least 1 and finite, got 0.5"),

@@ -306,9 +306,67 @@ def damage_lost_record(folder):
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def damage_lines(change, **fields):
+    """Changes the lines of the first records that have these fields."""
+
+    def damage(folder):
+        lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+        place = next(i for i, line in enumerate(lines) if fields.items() <= json.loads(line).items())
+        lines[place : place + 1] = change(lines[place])
+        (folder / "metrics.jsonl").write_text("".join(lines))
+
+    return damage
+
+
+def lost(line):
+    return []
+
+
+def doubled(line):
+    return [line, line]
+
+
+def of_another(line):
+    return [line.replace("seed=0", "seed=7")]
+
+
+def without_step(line):
+    return [re.sub(r'"step": (\d+)', r'"step": "\1"', line)]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (
+            damage_lines(lost, kind="train", population="balora", step=3),
+            r"lacks records of balora up to its checkpoint of step 4: the train record of step 3 of balora-",
+        ),
+        (
+            damage_lines(doubled, kind="train", population="balora", step=3),
+            "holds twice records of balora .* step 3 of",
+        ),
+        (
+            damage_lines(lost, kind="evaluation", population="balora", step=3),
+            "the evaluation record of step 3 of balora",
+        ),
+        (
+            damage_lines(doubled, kind="evaluation", population="balora", step=0),
+            "the evaluation record of step 0 of bal",
+        ),
+        (
+            damage_lines(lost, kind="train", population="lora", step=2),
+            r"lacks records of lora up to its last step 6: the train record of step 2 of lora-learning_rate=",
+        ),
+        (
+            damage_lines(doubled, kind="result", population="lora"),
+            "holds twice .* the result record of step 6 of lora-lea",
+        ),
+        (
+            damage_lines(lost, kind="evaluation", population="lora", step=6),
+            "the evaluation record of step 6 of lora-learn",
+        ),
+        (damage_lines(of_another, kind="train", population="lora", step=2), "line .* is no record of a run"),
+        (damage_lines(without_step, kind="train", population="lora", step=2), "line .* is no record of a run"),
         (damage_nothing_left, "tells of a checkpoint of balora at step 4"),
         (damage_truncated, "balora/4 is broken"),
         (damage_one_file_missing, "balora/4 is broken"),
