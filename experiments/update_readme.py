@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-HEADER = "| method | best cell | evaluation loss | exact match | n | balancing gap | ms / step | diverged |"
+HEADER = "| method | best cell | evaluation loss | {} | n | balancing gap | ms / step | diverged |"
 
 
 def recorded(name: str) -> str:
@@ -27,16 +27,19 @@ def recorded(name: str) -> str:
 
 def markdown(folder: Path) -> str:
     """Returns the table of a recorded run."""
-    rows = [HEADER, "|---|---|---|---|---|---|---|---|"]
-    for row in json.loads((folder / "results.json").read_text()):
+    results = json.loads((folder / "results.json").read_text())
+    scores = {row.get("score", "exact match") for row in results if row.get("accuracy")}
+    header = HEADER.format(scores.pop() if len(scores) == 1 else "right answers")
+    rows = [header, "|---|---|---|---|---|---|---|---|"]
+    for row in results:
         cells = [row["population"]]
         if "best" in row:
             best = (f"{k.rsplit('.', 1)[-1].replace('_', ' ')} {v:g}" for k, v in row["best"].items())
             loss, accuracy, gap = row["evaluation_loss"], row["accuracy"], row.get("gap_mean")
             cells += [
                 ", ".join(best) + (" (edge of the grid)" if row["on_edge"] else ""),
-                f"{loss['mean']:.4f} ± {loss['std']:.4f}",
-                f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %" if accuracy else "-",
+                spread(loss, ".4f"),
+                spread(accuracy, ".1f", 100) + " %" if accuracy else "-",
                 str(row["n"]),
                 "-" if gap is None else f"{gap['mean']:.0e}",
             ]
@@ -45,6 +48,12 @@ def markdown(folder: Path) -> str:
         cells += [f"{1000 * row['step_seconds']:.0f}", f"{row['diverged']} of {row['runs']}"]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def spread(values: dict, form: str, factor: float = 1) -> str:
+    """Returns a mean with its standard deviation, which one value has not."""
+    numbers = [factor * values[name] for name in ("mean", "std") if values[name] is not None]
+    return " ± ".join(format(number, form) for number in numbers)
 
 
 def main() -> int:

@@ -65,7 +65,7 @@ def report(config: Config, sweep: Sweep, adapter: Path | None, console: Console)
         (texts,) = answer(program, NOTHING_TRAINED, examples, batch_size=batch_size, max_new_tokens=new_tokens)
         accuracy = accuracies(texts, examples)
     table = Table(box=box.SIMPLE_HEAD, caption=f"{config.model.path}, adapter: {adapter or 'none'}")
-    for name in ("module", "examples", "evaluation loss", "exact match"):
+    for name in ("module", "examples", "evaluation loss", examples.score_name or "right answers"):
         table.add_column(name, justify="left" if name == "module" else "right")
     for name, loss in [*losses.by_module.items(), ("all", losses.total)]:
         count = len(examples.modules) if name == "all" else int((examples.modules == name).sum())

@@ -38,6 +38,13 @@ class EvaluationSet(NamedTuple):
     score: Score | None = exact_match
     choices: list[list[str]] | None = None
 
+    @property
+    def score_name(self) -> str | None:
+        """What the share of right answers is called; None without a score."""
+        if self.score is None:
+            return None
+        return "right choice" if self.choices is not None else self.score.__name__.replace("_", " ")
+
     @classmethod
     def build(
         cls,

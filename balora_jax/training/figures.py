@@ -11,7 +11,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 
 
 def loss_curves(directory: RunDirectory, rows: list[Record], path: Path) -> None:
-    """Draws the evaluation loss of every method's best cell: the median over its seeds, and their range.
+    """Draws the evaluation loss of every method's best cell: the median over its seeds, and their range if several.
 
     The time is that of the steps of one run: without compiling and evaluating, and shared evenly between the runs that
     train together.
@@ -42,7 +42,8 @@ def loss_curves(directory: RunDirectory, rows: list[Record], path: Path) -> None
             axes.fill_between(places, low, high, alpha=0.2, lw=0, **look)
     over_steps.set(xlabel="step", ylabel="evaluation loss (nats per answer token)")
     over_time.set(xlabel="seconds of training, per run")
-    figure.suptitle("median and range over seeds, best cell of every method", fontsize=10)
+    several = any(row.get("n", 0) > 1 for row in rows)
+    figure.suptitle(f"{'median and range over seeds, ' if several else ''}best cell of every method", fontsize=10)
     for axes in (over_steps, over_time):
         axes.grid(alpha=0.3)
     if over_steps.lines:

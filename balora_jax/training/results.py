@@ -58,6 +58,7 @@ def summarise(directory: RunDirectory, members: Mapping[str, Config], axes: Mapp
                 ],
                 "members": [r["member"] for r in runs],
                 "n": len(runs),
+                "score": runs[0].get("score", "exact match"),
                 "base_loss": statistics.fmean(
                     r["evaluation_loss"] for r in directory.of("evaluation", population=population, step=0)
                 ),
@@ -72,7 +73,9 @@ def summarise(directory: RunDirectory, members: Mapping[str, Config], axes: Mapp
 def table(rows: list[Record]) -> Table:
     """Returns the rows as a table for people."""
     out = Table(box=box.SIMPLE_HEAD, caption_justify="left")
-    for name in ("method", "best", "evaluation loss", "exact match", "n", "gap", "ms / step", "diverged"):
+    scores = {row["score"] for row in rows if row.get("accuracy")}
+    score = scores.pop() if len(scores) == 1 else "right answers"
+    for name in ("method", "best", "evaluation loss", score, "n", "gap", "ms / step", "diverged"):
         out.add_column(name, justify="left" if name in ("method", "best") else "right", no_wrap=name != "best")
     for row in rows:
         shared = (f"{1000 * row['step_seconds']:.1f}", f"{row['diverged']} of {row['runs']}")
@@ -87,19 +90,33 @@ def table(rows: list[Record]) -> Table:
         out.add_row(
             row["population"],
             best,
-            f"{loss['mean']:.4f} ± {loss['std']:.4f}",
-            f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %" if accuracy else "-",
+            mean_and_spread(loss, ".4f"),
+            f"{mean_and_spread(accuracy, '.1f', factor=100)} %" if accuracy else "-",
             str(row["n"]),
             "-" if gap is None else f"{gap['mean']:.1e}",
             *shared,
         )
     bases = [row["base_loss"] for row in rows if "base_loss" in row]
     if bases:
+        several = any(row.get("n", 0) > 1 for row in rows)
+        what = "mean ± standard deviation over n seeds, at the cell of lowest mean" if several else "the cell of lowest"
         out.caption = (
-            f"mean ± standard deviation over n seeds, at the cell of lowest mean evaluation loss; loss before training "
-            f"{bases[0]:.4f}; gap: relative balancing gap; ms / step: of one run, trained in its population"
+            f"{what} evaluation loss; loss before training {bases[0]:.4f}; gap: relative balancing gap; ms / step: of "
+            "one run, trained in its population"
         )
     return out
+
+
+def mean_and_spread(spread: Mapping[str, Any], form: str, *, factor: float = 1.0) -> str:
+    """Returns the mean of some values and their standard deviation, of one value that alone.
+
+    Args:
+        spread: `mean` and `std`, which is None for one value.
+        form: how a number is written.
+        factor: by which both are multiplied.
+    """
+    numbers = [factor * spread[name] for name in ("mean", "std") if spread[name] is not None]
+    return " ± ".join(format(number, form) for number in numbers)
 
 
 def numeric_axes(members: Iterable[Config], fields: Iterable[str]) -> dict[str, list]:
@@ -110,13 +127,13 @@ def numeric_axes(members: Iterable[Config], fields: Iterable[str]) -> dict[str, 
 
 
 def _spread(values: Iterable[float | None]) -> Record | None:
-    """Mean and standard deviation; None where there is nothing to measure (accuracies of data without a score)."""
+    """Mean and standard deviation, which one value has not; None without values (accuracies without a score)."""
     numbers = [value for value in values if value is not None]
     if not numbers:
         return None
     return {
         "mean": statistics.fmean(numbers),
-        "std": statistics.stdev(numbers) if len(numbers) > 1 else 0.0,
+        "std": statistics.stdev(numbers) if len(numbers) > 1 else None,
         "values": numbers,
     }
 

@@ -292,6 +292,7 @@ class Trainer:
                     "member": member,
                     "step": steps,
                     "evaluation_loss": evaluation["evaluation_loss"],
+                    "score": self._examples.score_name,
                     "accuracy": accuracy.pop("all"),
                     "accuracy_by_module": accuracy,
                     "diverged_at": int(diverged[index]),

@@ -74,8 +74,14 @@ def test_run_leaves_loss_and_score(recipe, config, qwen, files, tmp_path):
     assert 3 < row["evaluation_loss"]["mean"] < 8, "about the logarithm of the number of tokens"
     scored = recipe in ("gsm8k", "arc")
     assert (row["accuracy"] is not None) == scored
-    line = next(line for line in (tmp_path / "out" / "results.txt").read_text().splitlines() if "±" in line)
+    lines = (tmp_path / "out" / "results.txt").read_text().splitlines()
+    line = next(line for line in lines if line.strip().startswith("lora"))
     assert (" - " in line) == (not scored)
+    name = {"gsm8k": "same final answer", "arc": "right choice", "alpaca": "right answers"}[recipe]
+    assert f"evaluation loss   {name}   n" in next(line for line in lines if "evaluation loss" in line)
+    assert "±" not in "".join(lines), "one seed has no spread"
+    assert "seeds" not in "".join(lines)
+    assert row["evaluation_loss"]["std"] is None
     assert ("left out 1 training examples of more than 96 tokens" in console.export_text()) == (recipe == "alpaca")
 
 

@@ -21,7 +21,7 @@ from balora_jax.cli import main
 from balora_jax.training import ConfigError, RunError, run
 from balora_jax.training.config import expand
 from balora_jax.training.evaluation import Losses
-from balora_jax.training.figures import elapsed_seconds
+from balora_jax.training.figures import elapsed_seconds, loss_curves
 from balora_jax.training.interruption import Interrupted
 from balora_jax.training.records import RunDirectory
 from balora_jax.training.run import Trainer, sort_into_populations
@@ -62,7 +62,10 @@ def test_run_leaves_a_complete_record(finished, config):
     (environment,) = json.loads((folder / "environment.json").read_text())
     assert {"packages", "device", "commit", "command", "time"} <= set(environment)
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
-    assert (folder / "results.txt").read_text().count("±") >= 4
+    table = (folder / "results.txt").read_text()
+    assert table.count("±") >= 4
+    assert "exact match" in table
+    assert "standard deviation over n seeds" in table
     for method in ("lora", "balora"):
         assert sorted(os.listdir(folder / "checkpoints" / method)) == ["4", "6"]
     assert [row["population"] for row in rows] == ["lora", "balora"]
@@ -77,6 +80,24 @@ def test_time_is_that_of_the_steps(tmp_path):
     assert elapsed_seconds(directory, "lora", 2) == [0, 2, 3, 5, 11], "the first step counts as the median one"
     assert elapsed_seconds(directory, "dora", 2) == []
     directory.close()
+
+
+@pytest.mark.parametrize(
+    ("n", "title"), [(1, "best cell of every method"), (2, "median and range over seeds, best cell")]
+)
+def test_figure_names_a_range_where_there_is_one(n, title, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda self, text, **options: said.append(text))
+    directory = RunDirectory(tmp_path / "run", {})
+    members = [f"lora-seed={seed}" for seed in range(n)]
+    shared = {"kind": "evaluation", "population": "lora", "step": 0, "evaluation_loss": 1.0}
+    directory.append({**shared, "member": member} for member in members)
+    loss_curves(
+        directory, [{"population": "lora", "best": {}, "members": members, "n": n, "runs": n}], tmp_path / "x.png"
+    )
+    directory.close()
+    assert len(said) == 1
+    assert said[0].startswith(title)
 
 
 def test_rows_are_the_best_cells(finished):
