@@ -4,10 +4,16 @@ The core works on plain arrays and parameter trees and needs jax and optax alone
 training of the experiments live in the subpackages `adapters`, `models`, `data` and `training`.
 """
 
-from balora_jax.balance import Balanced, balance, balance_pair, balance_pairs, balancing_gap
-from balora_jax.gauge import GAUGES, ROUTES
-from balora_jax.pairs import Pair, find_pairs
-from balora_jax.transform import BaloraProjectState, BaloraState, balora, balora_project
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from balora_jax.balance import Balanced, balance, balance_pair, balance_pairs, balancing_gap
+    from balora_jax.gauge import GAUGES, ROUTES
+    from balora_jax.pairs import Pair, find_pairs
+    from balora_jax.transform import BaloraProjectState, BaloraState, balora, balora_project
 
 __all__ = [
     "GAUGES",
@@ -24,3 +30,23 @@ __all__ = [
     "balora_project",
     "find_pairs",
 ]
+
+
+class _Package(types.ModuleType):
+    """Imports JAX when the first public name is asked for, so that the command line can be stopped from the start."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        homes = [
+            importlib.import_module(f"{self.__name__}.{home}") for home in ("gauge", "balance", "pairs", "transform")
+        ]
+        vars(self).update((public, vars(home)[public]) for home in homes for public in __all__ if public in vars(home))
+        return vars(self)[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in __all__:  # `balance` is a function here, and no import puts the module of this name in its place
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

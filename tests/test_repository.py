@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from balora_jax.cli import apply_overrides
+from balora_jax.commands.arguments import apply_overrides
 from balora_jax.data import recipes
 from balora_jax.data.batches import encode, pad
 from balora_jax.data.tokenizer import CharTokenizer

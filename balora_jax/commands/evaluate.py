@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from balora_jax.adapters import load_adapters, read_peft
+from balora_jax.commands.arguments import read_config
 from balora_jax.commands.folders import explained
 from balora_jax.data.hub_tokenizer import files_fingerprint, tokenizer_files
 from balora_jax.training.config import Config, ConfigError, Sweep, check
@@ -17,6 +18,12 @@ from balora_jax.training.evaluation import accuracies, answer, evaluate_loss, wh
 from balora_jax.training.run import load_data, load_model
 from balora_jax.training.single import NOTHING_TRAINED, Single
 from balora_jax.training.step import Program
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command."""
+    report(*read_config("evaluate", arguments, option=("--adapter", "a PEFT folder")), Console())
+    return 0
 
 
 def report(config: Config, sweep: Sweep, adapter: Path | None, console: Console) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from balora_jax.adapters import adapter_scale
 from balora_jax.data.recipes import DataSettings
+from balora_jax.errors import ConfigError
 from balora_jax.methods import BalanceSettings, get_method
 from balora_jax.optimizers import OptimizerSettings
 
@@ -30,10 +31,6 @@ NUMERIC_FIELDS = (
     "optimizer.eps",
 )
 """Fields that are numbers in a run's state: runs that differ in nothing else are trained together."""
-
-
-class ConfigError(ValueError):
-    """A config that cannot be run; the message says what to do."""
 
 
 @dataclass(frozen=True)

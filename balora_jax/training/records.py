@@ -25,17 +25,14 @@ from typing import Any
 
 import jax
 
-from balora_jax.training.config import Config, ConfigError
+from balora_jax.errors import ConfigError, RunError
+from balora_jax.training.config import Config
 
 _PACKAGES = ("balora-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "datasets", "grain", "numpy")
 
 _KINDS = ("train", "evaluation", "result")  # of records of members; there are checkpoints too
 
 Record = dict[str, Any]
-
-
-class RunError(RuntimeError):
-    """A run directory that cannot be used; the message says what to do."""
 
 
 class RunDirectory:

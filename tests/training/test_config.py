@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from balora_jax.cli import apply_overrides, main
+from balora_jax.cli import main
+from balora_jax.commands.arguments import apply_overrides
 from balora_jax.training import Config, ConfigError, load_config
 from balora_jax.training.config import check, expand, field_names, get_field, with_field
 

@@ -1,0 +1,19 @@
+"""`balora-jax estimate`: the sizes and the memory of a config's runs, before any weight is loaded."""
+
+from rich.console import Console
+
+from balora_jax.commands.arguments import read_config
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command."""
+    config, sweep, _ = read_config("estimate", arguments)
+    from balora_jax.training import results
+    from balora_jax.training.config import expand
+    from balora_jax.training.estimate import estimate, report
+    from balora_jax.training.run import sort_into_populations
+
+    console = Console(width=max(Console().width, results.TABLE_WIDTH))
+    for name, members in sort_into_populations(expand(config, sweep)).items():
+        console.print(report(name, estimate(tuple(members.values()))))
+    return 0
