@@ -1,12 +1,13 @@
 """The command line: `balora-jax COMMAND ...`. It imports a command's modules when they are needed."""
 
 import importlib
+import io
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
-from balora_jax.errors import ConfigError, RunError
+from balora_jax.errors import ConfigError, RunError, printable
 from balora_jax.interruption import leave_at_once
 
 USAGE = """usage: balora-jax COMMAND ...
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; None for those of this process, which Ctrl-C then ends at once.
     """
     if arguments is None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks
         arguments = sys.argv[1:]
         leave_at_once("balora-jax: interrupted" + ("; the same command goes on" if arguments[:1] == ["run"] else ""))
     # read when JAX first calls LAPACK: threads slow r x r matrices down, by a lot where other programs use the cores
@@ -55,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"unknown command {arguments[0]!r}; commands are {', '.join(_COMMANDS)}")
         return importlib.import_module(f"balora_jax.commands.{arguments[0]}").main(list(arguments[1:]))
     except (ConfigError, RunError) as error:
-        print(f"balora-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"balora-jax: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
         hint = str(interruption) or ("nothing is lost; the same command goes on" if arguments[0] == "run" else "")

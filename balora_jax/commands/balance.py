@@ -9,7 +9,6 @@ from typing import Annotated
 import jax
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
@@ -18,6 +17,7 @@ from balora_jax.adapters.diagnosis import Diagnosis, diagnose_adapter, product_s
 from balora_jax.balance import balance_pairs
 from balora_jax.commands.arguments import parse
 from balora_jax.commands.folders import check_free, copy_other_files, explained, whole_folder
+from balora_jax.console import PlainConsole
 from balora_jax.gauge import Gauge
 from balora_jax.pairs import read_pairs, write_pairs
 
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     with whole_folder(options.out) as folder:
         write_peft(new, folder)
         copy_other_files(options.adapter, folder)  # the config among them
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     console.print(_table({"before": before, "after": diagnose_adapter(new)}))
     change = max(_change(old, pair[:2]) for old, pair in zip(factors, balanced, strict=True))
     console.print(f"{len(pairs)} pairs; products changed by at most {change:.0e} of their norm: {options.out}")

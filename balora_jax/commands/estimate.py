@@ -1,8 +1,7 @@
 """`balora-jax estimate`: the sizes and the memory of a config's runs, before any weight is loaded."""
 
-from rich.console import Console
-
 from balora_jax.commands.arguments import read_config
+from balora_jax.console import PlainConsole
 
 
 def main(arguments: list[str]) -> int:
@@ -13,7 +12,7 @@ def main(arguments: list[str]) -> int:
     from balora_jax.training.estimate import estimate, report
     from balora_jax.training.run import sort_into_populations
 
-    console = Console(width=max(Console().width, results.TABLE_WIDTH))
+    console = PlainConsole(width=max(PlainConsole().width, results.TABLE_WIDTH))
     for name, members in sort_into_populations(expand(config, sweep)).items():
         console.print(report(name, estimate(tuple(members.values()))))
     return 0

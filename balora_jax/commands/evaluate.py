@@ -12,6 +12,7 @@ from rich.table import Table
 from balora_jax.adapters import load_adapters, read_peft
 from balora_jax.commands.arguments import read_config
 from balora_jax.commands.folders import explained
+from balora_jax.console import PlainConsole
 from balora_jax.data.hub_tokenizer import files_fingerprint, tokenizer_files
 from balora_jax.training.config import Config, ConfigError, Sweep, check
 from balora_jax.training.evaluation import accuracies, answer, evaluate_loss, what_is_not_finite
@@ -22,7 +23,7 @@ from balora_jax.training.step import Program
 
 def main(arguments: list[str]) -> int:
     """Runs the command."""
-    report(*read_config("evaluate", arguments, option=("--adapter", "a PEFT folder")), Console())
+    report(*read_config("evaluate", arguments, option=("--adapter", "a PEFT folder")), PlainConsole())
     return 0
 
 

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.console import Console
 from tyro.conf import Positional, arg
 
 from balora_jax.adapters import load_adapters, read_peft
 from balora_jax.commands.arguments import parse
 from balora_jax.commands.folders import explained
+from balora_jax.console import PlainConsole
 from balora_jax.data.batches import Tokenizer, pad_left
 from balora_jax.data.conversations import Message
 from balora_jax.data.hub_tokenizer import load_tokenizer, tokenizer_files
@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> int:
             temperature=options.temperature,
             key=jax.random.key(options.seed),
         )
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = PlainConsole(soft_wrap=True)
     for prompt, text in zip(prompts, texts, strict=True):
         console.print(prompt, end="\n" if options.chat else "", style="dim")
         console.print(text)

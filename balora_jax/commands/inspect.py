@@ -7,7 +7,6 @@ from typing import Annotated
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
@@ -15,6 +14,8 @@ from balora_jax.adapters import read_peft
 from balora_jax.adapters.diagnosis import Diagnosis, diagnose_adapter
 from balora_jax.commands.arguments import parse
 from balora_jax.commands.folders import explained
+from balora_jax.console import PlainConsole
+from balora_jax.errors import printable
 from balora_jax.training.config import ConfigError
 
 TABLE_WIDTH = 130
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
     with explained("ADAPTER"):
         adapter = read_peft(options.adapter)
         diagnoses = diagnose_adapter(adapter, scaled=True)
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     figure = options.figure
     if figure is not None:
         name, ending = os.path.splitext(figure)
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> int:
             draw(diagnoses, figure)
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot write the figure {figure}: {error}") from error
-    Console(width=max(console.width, TABLE_WIDTH)).print(_table(diagnoses))
+    PlainConsole(width=max(console.width, TABLE_WIDTH)).print(_table(diagnoses))
     if adapter.config.get("use_dora"):
         console.print("DoRA: these are the updates of the direction, before the columns get their magnitudes")
     if adapter.takes_from_base:
@@ -100,7 +101,8 @@ def draw(diagnoses: dict[str, Diagnosis], path: Path) -> None:
 
     kinds: dict[str, dict[str, Diagnosis]] = {}
     for name, diagnosis in diagnoses.items():
-        kinds.setdefault(name.rsplit(".", 1)[-1], {})[name] = diagnosis
+        kind = printable(name.rsplit(".", 1)[-1]).replace("$", r"\$")  # lest it be taken for a formula
+        kinds.setdefault(kind, {})[name] = diagnosis
     columns = min(4, len(kinds))
     rows = -(-len(kinds) // columns)
     figure = Figure(figsize=(3.2 * max(columns, 3), 2.6 * rows + 2.8), layout="constrained")

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from rich.console import Console
-
 from balora_jax.commands.arguments import read_config
+from balora_jax.console import PlainConsole
 
 
 def main(arguments: list[str]) -> int:
@@ -12,9 +11,9 @@ def main(arguments: list[str]) -> int:
     config, sweep, output = read_config("run", arguments)
     from balora_jax.training import results, run  # heavy: after the cheap mistakes
 
-    console = Console()
+    console = PlainConsole()
     output = output or Path("runs") / config.name
     rows = run(config, sweep, output, console)
-    Console(width=max(console.width, results.TABLE_WIDTH)).print(results.table(rows))
-    console.print(f"record: {output}, figure: {output / 'figure.png'}", highlight=False, soft_wrap=True)
+    PlainConsole(width=max(console.width, results.TABLE_WIDTH)).print(results.table(rows))
+    console.print(f"record: {output}, figure: {output / 'figure.png'}", soft_wrap=True)
     return 0

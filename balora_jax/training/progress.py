@@ -21,10 +21,10 @@ class TrainingProgress:
         self._tokens, self._bar = 0, None
         if console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
+                TextColumn("{task.fields[status]}", markup=False),
                 TimeElapsedColumn(),
                 console=console,
             )
@@ -61,8 +61,8 @@ class TrainingProgress:
             self._bar.update(self._task, completed=step, status=status)
         elif time.monotonic() - self._last_line >= self._line_seconds or step == self._steps:
             self._last_line = time.monotonic()
-            self._console.print(f"{self._title}: step {step}/{self._steps}  {status}", highlight=False)
+            self._console.print(f"{self._title}: step {step}/{self._steps}  {status}", markup=False, highlight=False)
 
     def note(self, text: str) -> None:
         """Prints a line beside the bar."""
-        self._console.print(f"{self._title}: {text}", highlight=False)
+        self._console.print(f"{self._title}: {text}", markup=False, highlight=False)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from balora_jax.console import PlainConsole
 from balora_jax.data import recipes
 from balora_jax.data.batches import Arrays, Rows, batches, encode, pack, pad
 from balora_jax.data.hub_tokenizer import load_tokenizer
@@ -80,7 +81,7 @@ def run(config: Config, sweep: Sweep, output: Path, console: Console) -> list[di
         rows = results.summarise(directory, everyone, axes)
         (output / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
         with (output / "results.txt").open("w") as file:
-            Console(file=file, width=results.TABLE_WIDTH).print(results.table(rows))
+            PlainConsole(file=file, width=results.TABLE_WIDTH).print(results.table(rows))
         figures.loss_curves(directory, rows, output / "figure.png")
     finally:
         directory.close()
@@ -178,7 +179,7 @@ class Trainer:
             iterator.set_state(place[str(seed)])
         self._directory.rewind(self._name, step)
         self._done = self._saved = step
-        self._console.print(f"{self._name}: going on from step {step}")
+        self._console.print(f"{self._name}: going on from step {step}", markup=False)
         return state
 
     def _steps(self, state, checkpoints: Checkpoints, progress: TrainingProgress) -> TrainState:
