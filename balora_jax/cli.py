@@ -43,28 +43,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: of the command line; None for those of this process, which Ctrl-C then ends at once.
     """
-    if arguments is None:
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks
-        arguments = sys.argv[1:]
-        leave_at_once("balora-jax: interrupted" + ("; the same command goes on" if arguments[:1] == ["run"] else ""))
+    if arguments is not None:
+        return _called(list(arguments))
+    leave_at_once("balora-jax: interrupted" + ("; the same command goes on" if sys.argv[1:2] == ["run"] else ""))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks
+    if not sys.stderr.isatty():
+        for library in ("HUB", "DATASETS"):
+            os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
+    code = _called(sys.argv[1:])
+    if code:  # what could not be written to the standard output would be tried again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return code
+
+
+def _called(arguments: list[str]) -> int:
     # read when JAX first calls LAPACK: threads slow r x r matrices down, by a lot where other programs use the cores
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0 if arguments else 2
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     try:
-        if arguments[0] not in _COMMANDS:
-            raise ConfigError(f"unknown command {arguments[0]!r}; commands are {', '.join(_COMMANDS)}")
-        return importlib.import_module(f"balora_jax.commands.{arguments[0]}").main(list(arguments[1:]))
+        if command in _COMMANDS:
+            code = importlib.import_module(f"balora_jax.commands.{command}").main(rest)
+        elif command in ("-h", "--help"):
+            print(USAGE, end="")
+            code = 0 if arguments else 2
+        else:
+            raise ConfigError(f"unknown command {command!r}; commands are {', '.join(_COMMANDS)}")
+        sys.stdout.flush()
+        return code
     except (ConfigError, RunError) as error:
-        print(f"balora-jax: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
+        reason = str(error)
+    except BrokenPipeError:  # who read what is shown has gone
+        return 1
+    except OSError as error:
+        reason = f"{error.filename or 'the output'}: {error.strerror or error}"
+    except MemoryError as error:
+        reason = f"there is not enough memory ({str(error) or 'of the machine'})"
+    except RecursionError as error:
+        reason = f"something is nested too deeply ({error})"
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = f"there is not enough memory ({error})"
     except KeyboardInterrupt as interruption:
-        hint = str(interruption) or ("nothing is lost; the same command goes on" if arguments[0] == "run" else "")
+        hint = str(interruption) or ("nothing is lost; the same command goes on" if command == "run" else "")
         print(f"balora-jax: interrupted{hint and '; '}{hint}", file=sys.stderr)
         return 128 + getattr(interruption, "signal", signal.SIGINT)
+    print(f"balora-jax: error: {printable(' '.join(reason.split()))}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

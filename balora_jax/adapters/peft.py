@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from balora_jax.adapters.lora import Scaling, adapter_scale
+from balora_jax.files import read_json
 from balora_jax.pairs import Pair, find_pairs
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -320,12 +321,9 @@ def read_peft(folder: str | Path) -> PeftAdapter:
     for file in (config_file, tensor_file):
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist; a PEFT folder must hold {CONFIG_FILE} and {TENSOR_FILE}")
-    try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{config_file} is not JSON: {error}") from error
+    config = read_json(config_file)
     if not isinstance(config, dict):
-        raise ValueError(f"{config_file} must hold a JSON object, got {config!r}")
+        raise ValueError(f"{config_file} must hold a JSON object, got {config!r:.80}")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{config_file}: peft_type must be 'LORA', got {config.get('peft_type')!r}")
     try:

@@ -1,12 +1,15 @@
 """Folders that commands read and write: errors in one line, and outputs that appear as a whole or not at all."""
 
 import contextlib
-import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from balora_jax.training.config import ConfigError
+from safetensors import SafetensorError
+
+from balora_jax.errors import ConfigError
+from balora_jax.interruption import guarded
 
 
 @contextlib.contextmanager
@@ -17,13 +20,13 @@ def explained(what: str) -> Iterator[None]:
         what: the argument they are about.
 
     Raises:
-        ConfigError: in the place of `FileNotFoundError`, `ImportError`, `TypeError` and `ValueError`.
+        ConfigError: in the place of `ImportError`, `OSError`, `TypeError` and `ValueError`.
     """
     try:
         yield
     except ConfigError:
         raise
-    except (FileNotFoundError, ImportError, TypeError, ValueError) as error:
+    except (ImportError, OSError, TypeError, ValueError) as error:
         raise ConfigError(f"{what}: {error}") from error
 
 
@@ -39,25 +42,29 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """
     check_free(out)
     out = out.resolve()
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.iterdir():  # safetensors makes files that the owner alone may read
-            file.chmod(temporary.stat().st_mode & 0o666)
-        temporary.replace(out)
-    except OSError as error:
-        raise ConfigError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with guarded(), tempfile.TemporaryDirectory(prefix=".balora-jax-", dir=out.parent) as place:
+            temporary = Path(place) / "whole"
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.iterdir():  # safetensors makes files that the owner alone may read
+                file.chmod(temporary.stat().st_mode & 0o666)
+            temporary.replace(out)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise ConfigError(f"cannot write {out}: {reason or error}") from error
 
 
 def check_free(out: Path) -> None:
     """Raises `ConfigError` if `out` is there and not an empty folder; commands overwrite nothing."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"OUT must be a new folder, but {out} is a file")
-    if out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"OUT must be a new or an empty folder, but {out} holds files; choose another")
+    try:
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"OUT must be a new folder, but {out} is a file")
+        if out.is_dir() and any(out.iterdir()):
+            raise ConfigError(f"OUT must be a new or an empty folder, but {out} holds files; choose another")
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror}") from error
 
 
 def copy_other_files(source: Path, target: Path) -> None:
@@ -66,8 +73,21 @@ def copy_other_files(source: Path, target: Path) -> None:
     Args:
         source: the folder.
         target: files that it has already are overwritten.
+
+    Raises:
+        ConfigError: a file is a link that leads out of the folder. In the hub's cache, where files are links to blobs,
+            it may lead to a blob of the same model.
     """
     weights = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".msgpack")
+    home = _home(source.resolve())
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.startswith(".") and not file.name.endswith(weights):
+            if not file.resolve().is_relative_to(home):
+                raise ConfigError(f"{file} is a link to {file.resolve()}, outside of its folder; it is not copied")
             shutil.copyfile(file, target / file.name)
+
+
+def _home(folder: Path) -> Path:
+    """Where a folder's files may lie: in it, or for a snapshot in the hub's cache with those of its model."""
+    model = folder.parent.parent
+    return model if folder.parent.name == "snapshots" and model.name.startswith("models--") else folder

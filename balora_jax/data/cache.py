@@ -11,6 +11,9 @@ import pyarrow
 from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher
 
+from balora_jax.files import system_error
+from balora_jax.interruption import guarded
+
 _FORMAT = 3
 """Part of every key; a change of the code that makes the same input give another output must raise it."""
 
@@ -108,18 +111,20 @@ def _kept(key: Hashable, write: Callable[[str], None]) -> datasets.Dataset:
     if not (file.is_file() and seal.is_file() and seal.read_text() == _sha256(file)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            place = tempfile.TemporaryDirectory(dir=folder)
-        except OSError as error:
+            with guarded(), tempfile.TemporaryDirectory(dir=folder) as temporary:
+                new_file, new_seal = Path(temporary) / file.name, Path(temporary) / seal.name
+                write(str(new_file))
+                new_seal.write_text(_sha256(new_file))
+                os.replace(new_file, file)
+                os.replace(new_seal, seal)
+        except Exception as error:  # a full disk is also "I/O operation on closed file"
+            reason = system_error(error)
+            if reason is None or str(folder) not in (reason.filename or str(folder)):
+                raise
             raise ValueError(
-                f"the cache {folder} cannot be written ({error.strerror}); set the environment variable "
+                f"the cache {folder} cannot be written ({reason.strerror or reason}); set the environment variable "
                 "HF_DATASETS_CACHE to another folder"
             ) from error
-        with place as temporary:
-            new_file, new_seal = Path(temporary) / file.name, Path(temporary) / seal.name
-            write(str(new_file))
-            new_seal.write_text(_sha256(new_file))
-            os.replace(new_file, file)
-            os.replace(new_seal, seal)
     return datasets.Dataset.from_file(str(file))
 
 

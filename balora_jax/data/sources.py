@@ -1,11 +1,14 @@
 """Where published data sets lie, and which of their rows are for training and which for evaluation."""
 
 import contextlib
+import errno
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
+
+from balora_jax.files import system_error
 
 _FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
@@ -74,8 +77,8 @@ def _explained(what: str) -> Iterator[None]:
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise FileNotFoundError(f"cannot get {what} from the Hub ({error}); set data.path to a copy of it") from error
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
-        reason, cache = error.__cause__ or error, str(datasets.config.HF_DATASETS_CACHE)
-        if isinstance(reason, OSError) and cache in str(reason):
+        reason, cache = system_error(error) or error.__cause__ or error, str(datasets.config.HF_DATASETS_CACHE)
+        if isinstance(reason, OSError) and (reason.errno == errno.ENOSPC or cache in str(reason)):
             what = f"{what}, or write its copy to the cache {cache} (environment variable HF_DATASETS_CACHE)"
         raise ValueError(f"cannot read {what}: {reason}") from error
 

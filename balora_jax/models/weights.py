@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from balora_jax.casting import check_cast
+from balora_jax.files import read_json
 from balora_jax.models.config_json import read_config, write_config
 from balora_jax.models.decoder import Decoder
 from balora_jax.models.folders import model_folder
@@ -332,7 +333,7 @@ def _first_tensor_cut_off(path: Path) -> str | None:
             header = json.loads(file.read(start - 8)) if start <= size else {}
             ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
             return next((name for name in sorted(ends, key=ends.__getitem__) if start + ends[name] > size), None)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             return None
 
 
@@ -342,7 +343,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} must hold {WEIGHTS} or {INDEX}, found neither")
     try:
-        files = json.loads(path.read_text())["weight_map"]
+        files = read_json(path)["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must be JSON with a weight_map: {type(error).__name__}: {error}") from error
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):

@@ -4,6 +4,8 @@ import contextlib
 import errno
 import hashlib
 import logging
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from balora_jax.training.records import RunError
+
+_ROOM, _ROOM_PER_ARRAY = 2**17, 2**10
+"""Bytes that a checkpoint takes beside its arrays."""
 
 
 class Checkpoints:
@@ -28,7 +33,8 @@ class Checkpoints:
             keep: number of latest checkpoints to keep; None to read alone, which leaves the folder as it is.
         """
         self._path = path.resolve()
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        for name in ("absl", "asyncio"):  # which repeat what is raised
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             enable_async_checkpointing=False,
@@ -49,12 +55,21 @@ class Checkpoints:
             step: its number.
             state: a pytree of arrays.
             data: JSON-like, the place in the data.
+
+        Raises:
+            RunError: it cannot be written.
         """
         meta = {"data": data, "digest": _digest(state)}
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        )
-        self._manager.wait_until_finished()
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        try:
+            self._check_room(state)  # as orbax's threads, when they find none, have much to say
+            self._manager.save(step, args=args)
+            self._manager.wait_until_finished()
+        except Exception as error:  # of many types, from several libraries
+            raise RunError(
+                f"cannot write the checkpoint {self._path / str(step)} ({_reason(error)}); once that is mended, the "
+                f"same command goes on from the checkpoint before it"
+            ) from error
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict]:
         """Reads a checkpoint.
@@ -81,6 +96,13 @@ class Checkpoints:
         """Releases the folder."""
         self._manager.close()
 
+    def _check_room(self, state: Any) -> None:
+        """Raises if the disk cannot hold the state's arrays, twice while they are put together, and orbax's files."""
+        leaves = jax.tree.leaves(state)
+        needed = 2 * sum(leaf.nbytes for leaf in leaves) + _ROOM_PER_ARRAY * len(leaves) + _ROOM
+        if shutil.disk_usage(self._path).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     @contextlib.contextmanager
     def _explained(self, step: int | None = None):
         where = self._path if step is None else self._path / str(step)
@@ -89,11 +111,16 @@ class Checkpoints:
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
                 raise RunError(f"cannot use the checkpoint {where}: {error.strerror}") from error
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RunError(
-                f"the checkpoint {where} is broken ({first_line[:200]}); delete it to go on from the one before it, "
+                f"the checkpoint {where} is broken ({_reason(error)}); delete it to go on from the one before it, "
                 f"or delete the run directory to start again"
             ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error of orbax says, in short; of a disk that is full, no more than that."""
+    full = os.strerror(errno.ENOSPC)
+    return full if full in str(error) else (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _digest(state: Any) -> str:

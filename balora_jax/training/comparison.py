@@ -11,6 +11,7 @@ from typing import Any
 
 from scipy import stats
 
+from balora_jax.files import read_json
 from balora_jax.training.records import Record, RunError
 
 
@@ -104,9 +105,9 @@ def load_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[Record]]:
     environments: list[Record] = []
     for folder in map(Path, folders):
         try:
-            configs = json.loads((folder / "config.json").read_text())
+            configs = read_json(folder / "config.json")
             records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            environments += json.loads((folder / "environment.json").read_text())
+            environments += read_json(folder / "environment.json")
         except (OSError, ValueError) as error:
             raise RunError(f"{folder} must be the output of a finished run: {error}") from error
         results = {r["member"]: r for r in records if r["kind"] == "result"}

@@ -3,6 +3,7 @@
 import itertools
 import statistics
 from pathlib import Path
+from typing import IO
 
 from balora_jax.training.records import Record, RunDirectory
 
@@ -10,7 +11,7 @@ from balora_jax.training.records import Record, RunDirectory
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def loss_curves(directory: RunDirectory, rows: list[Record], path: Path) -> None:
+def loss_curves(directory: RunDirectory, rows: list[Record], file: str | Path | IO[bytes]) -> None:
     """Draws the evaluation loss of every method's best cell: the median over its seeds, and their range if several.
 
     The time is that of the steps of one run: without compiling and evaluating, and shared evenly between the runs that
@@ -19,7 +20,7 @@ def loss_curves(directory: RunDirectory, rows: list[Record], path: Path) -> None
     Args:
         directory: the finished run.
         rows: from `balora_jax.training.results.summarise`.
-        path: file to write.
+        file: to write, by name or open.
     """
     import matplotlib.figure
 
@@ -48,7 +49,7 @@ def loss_curves(directory: RunDirectory, rows: list[Record], path: Path) -> None
         axes.grid(alpha=0.3)
     if over_steps.lines:
         over_steps.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(file, dpi=150)
 
 
 def elapsed_seconds(directory: RunDirectory, population: str, runs: int) -> list[float]:

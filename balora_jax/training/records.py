@@ -26,6 +26,7 @@ from typing import Any
 import jax
 
 from balora_jax.errors import ConfigError, RunError
+from balora_jax.files import open_to_append, read_json, whole_file
 from balora_jax.training.config import Config
 
 _PACKAGES = ("balora-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "datasets", "grain", "numpy")
@@ -50,33 +51,35 @@ class RunDirectory:
             members: the run's configs by name.
 
         Raises:
-            ConfigError: the folder holds a run of another config, or files that are no run.
+            ConfigError: the folder cannot be written, holds a run of another config, or what is no run's.
             RunError: another process is working in it, or its record is broken.
         """
         self.path = path
         resolved = {name: dataclasses.asdict(config) for name, config in members.items()}
         config_file = path / "config.json"
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"the output {path} must be a folder, but it is a file")
-        left_by_a_kill = {".lock", "config.json.tmp"}
-        if not config_file.exists() and path.is_dir() and {p.name for p in path.iterdir()} - left_by_a_kill:
-            raise ConfigError(f"the output folder {path} holds files but no config.json; choose an empty folder")
         try:
+            if path.exists() and not path.is_dir():
+                raise ConfigError(f"the output {path} must be a folder, but it is a file")
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("w")
+            self._check_entries()
+            self._lock = open_to_append(path / ".lock")
         except OSError as error:
             raise ConfigError(f"cannot write to the output folder {path}: {error.strerror}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f"another process is working in {path}; wait for it or choose another --output") from None
-        if config_file.exists():
-            self._check_same(_parse(config_file, dict), json.loads(json.dumps(resolved)))
-        else:
-            _write_whole(config_file, json.dumps(resolved, indent=2) + "\n")
         self._metrics, self._members = path / "metrics.jsonl", set(members)
-        self.records = self._read()
-        self._write_environment()
+        try:
+            if config_file.exists():
+                self._check_same(_parse(config_file, dict), json.loads(json.dumps(resolved)))
+            else:
+                with whole_file(config_file) as file:
+                    file.write(json.dumps(resolved, indent=2) + "\n")
+            self.records = self._read()
+            self._write_environment()
+        except OSError as error:
+            raise RunError(f"cannot use the output folder {path}: {error.strerror or error}") from error
 
     def close(self) -> None:
         """Lets other processes use the directory."""
@@ -85,7 +88,7 @@ class RunDirectory:
     def append(self, records: Iterable[Record]) -> None:
         """Adds lines to the record and waits until they are on disk."""
         records = list(records)
-        with self._metrics.open("a") as file:
+        with open_to_append(self._metrics) as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
@@ -99,8 +102,9 @@ class RunDirectory:
         """Forgets records, those of `of` say."""
         if records:
             forgotten = set(map(id, records))
-            self.records = [record for record in self.records if id(record) not in forgotten]
-            _write_whole(self._metrics, "".join(json.dumps(record) + "\n" for record in self.records))
+            kept = [record for record in self.records if id(record) not in forgotten]
+            self._write(kept)
+            self.records = kept
 
     def of(self, kind: str, **equal: Any) -> list[Record]:
         """Returns the records of a kind whose fields have the given values."""
@@ -132,6 +136,16 @@ class RunDirectory:
                     f"{member}; put the file back, or delete the run directory to start again"
                 )
 
+    def _check_entries(self) -> None:
+        left_by_a_kill = {".lock", "config.json.tmp"}
+        names = {entry.name for entry in self.path.iterdir()}
+        if "config.json" not in names and names - left_by_a_kill:
+            raise ConfigError(f"the output folder {self.path} holds files but no config.json; choose an empty folder")
+        for folder, folders, files in os.walk(self.path):
+            for entry in (Path(folder, name) for name in folders + files):
+                if entry.is_symlink():
+                    raise ConfigError(f"{entry} is a link, through which a run would write elsewhere; remove it")
+
     def _check_same(self, old: Any, new: Any) -> None:
         for name in sorted(set(old) | set(new)):
             before, after = _flat(old.get(name, {})), _flat(new.get(name, {}))
@@ -152,14 +166,15 @@ class RunDirectory:
         for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
-                if not isinstance(record, dict) or not self._is_record(record):
-                    raise RunError(f"{self._metrics}, line {number} is no record of a run; the record is broken")
-                records.append(record)
-            except json.JSONDecodeError as error:
-                if number == len(lines):  # the process was killed while it wrote the line
-                    _write_whole(self._metrics, "".join(lines[:-1]))
+            except (ValueError, RecursionError) as error:
+                if number == len(lines):
                     break
                 raise RunError(f"{self._metrics}, line {number} is not JSON ({error}); the record is broken") from None
+            if not isinstance(record, dict) or not self._is_record(record):
+                raise RunError(f"{self._metrics}, line {number} is no record of a run; the record is broken")
+            records.append(record)
+        if len(records) < len(lines) or (lines and not lines[-1].endswith("\n")):
+            self._write(records)  # the process was killed, or the disk was full, while it wrote the last line
         return records
 
     def _is_record(self, record: Record) -> bool:
@@ -168,11 +183,16 @@ class RunDirectory:
         own = kind == "checkpoint" or (kind in _KINDS and isinstance(member, str) and member in self._members)
         return own and isinstance(record.get("population"), str) and isinstance(record.get("step"), int)
 
+    def _write(self, records: list[Record]) -> None:
+        with whole_file(self._metrics) as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
     def _write_environment(self) -> None:
-        file = self.path / "environment.json"
-        starts = _parse(file, list) if file.exists() else []
+        environments = self.path / "environment.json"
+        starts = _parse(environments, list) if environments.exists() else []
         starts.append(environment())
-        _write_whole(file, json.dumps(starts, indent=2) + "\n")
+        with whole_file(environments) as file:
+            file.write(json.dumps(starts, indent=2) + "\n")
 
 
 def environment() -> Record:
@@ -207,19 +227,9 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _parse(file: Path, kind: type) -> Any:
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file)
     except ValueError as error:
-        raise RunError(f"{file} is not JSON ({error}); the run directory is broken") from None
+        raise RunError(f"{error}; the run directory is broken") from None
     if not isinstance(content, kind):
-        raise RunError(f"{file} must hold a JSON {kind.__name__}, got {content!r}; the run directory is broken")
+        raise RunError(f"{file} must hold a JSON {kind.__name__}, got {content!r:.80}; the run directory is broken")
     return content
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """Writes a file so that a kill leaves either the old or the new one."""
-    temporary = file.with_suffix(f"{file.suffix}.tmp")
-    with temporary.open("w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(file)

@@ -20,6 +20,7 @@ from balora_jax.data import recipes
 from balora_jax.data.batches import Arrays, Rows, batches, encode, pack, pad
 from balora_jax.data.hub_tokenizer import load_tokenizer
 from balora_jax.data.recipes import DataSettings
+from balora_jax.files import whole_file
 from balora_jax.models import Decoder
 from balora_jax.models.weights import load_decoder
 from balora_jax.training import figures, results
@@ -64,7 +65,7 @@ def run(config: Config, sweep: Sweep, output: Path, console: Console) -> list[di
 
     Raises:
         ConfigError: the config cannot be run, or the directory belongs to another config.
-        RunError: the directory cannot be used: broken, or in use.
+        RunError: the directory cannot be used: broken, or in use; or the disk is full.
         Interrupted: a signal came; the message says from where the same call goes on.
     """
     populations = sort_into_populations(expand(config, sweep))
@@ -79,10 +80,16 @@ def run(config: Config, sweep: Sweep, output: Path, console: Console) -> list[di
             directory.check_complete(name, members, step=steps, eval_every=eval_every, finished=True)
         axes = {name: results.numeric_axes(members.values(), NUMERIC_FIELDS) for name, members in populations.items()}
         rows = results.summarise(directory, everyone, axes)
-        (output / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
-        with (output / "results.txt").open("w") as file:
+        with whole_file(output / "results.json") as file:
+            file.write(json.dumps(rows, indent=2) + "\n")
+        with whole_file(output / "results.txt") as file:
             PlainConsole(file=file, width=results.TABLE_WIDTH).print(results.table(rows))
-        figures.loss_curves(directory, rows, output / "figure.png")
+        with whole_file(output / "figure.png", "wb") as file:
+            figures.loss_curves(directory, rows, file)
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {output} ({error.strerror or error}); once that is mended, the same command goes on"
+        ) from error
     finally:
         directory.close()
     return rows

@@ -1,7 +1,6 @@
 """Models of a run that has been trained, from its directory alone."""
 
 import difflib
-import json
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 import jax
 import numpy as np
 
+from balora_jax.files import read_json
 from balora_jax.models import Decoder
 from balora_jax.training.checkpoints import Checkpoints
 from balora_jax.training.config import Config, ConfigError
@@ -88,7 +88,7 @@ def read_members(run: Path) -> dict[str, Config]:
     if not file.is_file():
         raise ConfigError(f"{run} must be a run directory, but {file} does not exist")
     try:
-        fields = json.loads(file.read_text())
+        fields = read_json(file)
         return {name: _built(Config, values) for name, values in fields.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise RunError(f"{file} is broken, or written by another version: {error}") from error
@@ -101,7 +101,7 @@ def _only_best(run: Path, members: Mapping[str, Config]) -> str:
     if not file.is_file():
         raise ConfigError(f"{run} is not finished; name one of its members with --member: {', '.join(members)}")
     try:
-        rows = [row for row in json.loads(file.read_text()) if "best" in row]
+        rows = [row for row in read_json(file) if "best" in row]
         best = {
             member: loss
             for row in rows
