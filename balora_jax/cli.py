@@ -77,7 +77,7 @@ def _called(arguments: list[str]) -> int:
     except BrokenPipeError:  # who read what is shown has gone
         return 1
     except OSError as error:
-        reason = f"{error.filename or 'the output'}: {error.strerror or error}"
+        reason = f"{error.filename or 'the output'}: {error.strerror}" if error.strerror else str(error)
     except MemoryError as error:
         reason = f"there is not enough memory ({str(error) or 'of the machine'})"
     except RecursionError as error:

@@ -8,8 +8,9 @@ from tyro.conf import Positional, arg
 
 from balora_jax.adapters import export_adapters, write_peft
 from balora_jax.commands.arguments import parse
-from balora_jax.commands.folders import check_free, whole_folder
+from balora_jax.commands.folders import check_free, explained, whole_folder
 from balora_jax.commands.merge import copy_tokenizer, write_merged
+from balora_jax.console import PlainConsole
 from balora_jax.data.hub_tokenizer import tokenizer_files
 from balora_jax.methods import get_method
 from balora_jax.models.folders import model_folder
@@ -41,7 +42,8 @@ def main(arguments: list[str]) -> int:
     trained = load_trained(options.run, options.member)
     config = trained.config
     notes = []
-    tokenizer = None if config.data.tokenizer is None else model_folder(config.data.tokenizer, weights=False)
+    with explained("the tokenizer of the run"):
+        tokenizer = None if config.data.tokenizer is None else model_folder(config.data.tokenizer, weights=False)
     if options.merged:
         base, dtype = model_folder(config.model.path), config.model.param_dtype
         notes = write_merged(trained.model, base, options.out, dtype=dtype, tokenizer=tokenizer)
@@ -59,9 +61,8 @@ def main(arguments: list[str]) -> int:
                 copy_tokenizer(tokenizer, folder)
                 notes.append(f"with the tokenizer of {config.data.tokenizer}, which it was trained with")
         form = f"PEFT adapter of rank {adapter.config['r']} for {config.model.path}"
-    print(f"{trained.name}, step {trained.step} of {config.training.steps}: {form}: {options.out}")
+    notes.insert(0, f"{trained.name}, step {trained.step} of {config.training.steps}: {form}: {options.out}")
     if trained.diverged_at >= 0:
         notes.append(f"this run diverged at step {trained.diverged_at}; its adapter is that of the step before")
-    for note in notes:
-        print(note)
+    PlainConsole(soft_wrap=True).print(*notes, sep="\n")
     return 0

@@ -75,16 +75,28 @@ def copy_other_files(source: Path, target: Path) -> None:
         target: files that it has already are overwritten.
 
     Raises:
-        ConfigError: a file is a link that leads out of the folder. In the hub's cache, where files are links to blobs,
-            it may lead to a blob of the same model.
+        ConfigError: a file is a link that leads out of the folder, see `copy_file`.
     """
     weights = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".msgpack")
-    home = _home(source.resolve())
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.startswith(".") and not file.name.endswith(weights):
-            if not file.resolve().is_relative_to(home):
-                raise ConfigError(f"{file} is a link to {file.resolve()}, outside of its folder; it is not copied")
-            shutil.copyfile(file, target / file.name)
+            copy_file(file, target)
+
+
+def copy_file(file: Path, target: Path) -> None:
+    """Copies a file into a folder.
+
+    Args:
+        file: the file.
+        target: the folder; a file of this name that it has is overwritten.
+
+    Raises:
+        ConfigError: the file is a link that leads out of its folder. In the hub's cache, where files are links to
+            blobs, it may lead to a blob of the same model.
+    """
+    if not file.resolve().is_relative_to(_home(file.parent.resolve())):
+        raise ConfigError(f"{file} is a link to {file.resolve()}, outside of its folder; it is not copied")
+    shutil.copyfile(file, target / file.name)
 
 
 def _home(folder: Path) -> Path:

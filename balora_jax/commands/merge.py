@@ -1,10 +1,9 @@
 """`balora-jax merge`: an adapter added to the weights of its base."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 from tyro.conf import Positional, arg
@@ -12,8 +11,10 @@ from tyro.conf import Positional, arg
 from balora_jax.adapters import MergeError, iter_adapters, load_adapters, read_peft, remove_adapters
 from balora_jax.casting import WRITABLE
 from balora_jax.commands.arguments import parse
-from balora_jax.commands.folders import check_free, copy_other_files, explained, whole_folder
+from balora_jax.commands.folders import check_free, copy_file, copy_other_files, explained, whole_folder
+from balora_jax.console import PlainConsole
 from balora_jax.data.hub_tokenizer import files_fingerprint, load_tokenizer, tokenizer_files
+from balora_jax.files import read_json
 from balora_jax.models import Decoder
 from balora_jax.models.folders import model_folder
 from balora_jax.models.weights import load_decoder, save_decoder, stored_dtypes, tensor_name
@@ -57,9 +58,8 @@ def main(arguments: list[str]) -> int:
     with explained("ADAPTER"):
         load_adapters(model, adapter)
     notes = write_merged(model, folder, options.out, dtype=options.dtype, tokenizer=options.adapter)
-    print(f"merged {len(adapter.modules())} modules of {options.adapter} into {options.model}: {options.out}")
-    for note in notes:
-        print(note)
+    done = f"merged {len(adapter.modules())} modules of {options.adapter} into {options.model}: {options.out}"
+    PlainConsole(soft_wrap=True).print(done, *notes, sep="\n")
     return 0
 
 
@@ -107,7 +107,7 @@ def write_merged(
 
 def _declare_dtype(file: Path, written: list[str], stored: list[str]) -> list[str]:
     """Changes the dtype that a base's config.json declares, if no weight is written in it; says what was wrong."""
-    fields = json.loads(file.read_text())
+    fields = _fields(file)
     declared = {name: fields[name] for name in _DTYPE_FIELDS if fields.get(name) not in (None, "auto", *written)}
     if declared:
         fields |= dict.fromkeys(declared, jnp.result_type(*written).name)
@@ -130,16 +130,25 @@ def _take_tokenizer(source: Path, folder: Path) -> list[str]:
     copy_tokenizer(source, folder)
     notes = [f"the tokenizer is that of {source}"]
     for file in (folder / "config.json", folder / "generation_config.json"):
-        fields = json.loads(file.read_text()) if file.is_file() else {}
+        fields = _fields(file) if file.is_file() else {}
         old = fields.get("eos_token_id")
-        if old is not None and set(old if isinstance(old, list) else [old]) != set(ends):
+        listed = old if isinstance(old, list) else [old]
+        if old is not None and not (all(end in ends for end in listed) and all(end in listed for end in ends)):
             fields["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
             file.write_text(json.dumps(fields, indent=2) + "\n")
             notes.append(f"the eos_token_id of {file.name} is its {fields['eos_token_id']}, in the base {old}")
     return notes
 
 
+def _fields(file: Path) -> dict[str, Any]:
+    with explained("MODEL"):
+        fields = read_json(file)
+    if not isinstance(fields, dict):
+        raise ConfigError(f"MODEL: {file} must hold a JSON object, got {fields!r:.80}")
+    return fields
+
+
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copies the files of a tokenizer, if there is one."""
     for file in tokenizer_files(source):
-        shutil.copyfile(file, folder / file.name)
+        copy_file(file, folder)
