@@ -1,25 +1,20 @@
 """Finding the LoRA pairs of any parameter tree, reading them in one layout, and writing them back.
 
-A pair is found by the names of its two factors, which differ in one token of the path:
-
-| convention | names | shapes |
-|---|---|---|
-| this package, `flax.nnx.LoRA` | `lora_a`, `lora_b` | `(..., in, r)`, `(..., r, out)` |
-| qwix | `<weight>_lora_a`, `<weight>_lora_b` | `(..., contracted axes, r)`, `(..., r, remaining axes)` |
-| PEFT | `lora_A`, `lora_B` (`.weight`), `lora_embedding_A`, `lora_embedding_B` | `(..., r, in)`, `(..., out, r)` |
+Which names are known says `balora_jax.naming`, how shapes are read `balora_jax.layouts`.
 """
 
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-_FACTOR = re.compile(r"(?:(?<=[./_])|^)lora_(?:[ab]|(?:embedding_)?[AB])(?=[./]|$)")
+from balora_jax.layouts import BatchAxes, readings, the_reading
+from balora_jax.naming import NAMES, Convention, pair_up
+from balora_jax.trees import KeyPath, leaves_by_path, path_text, with_leaves
 
 
 @dataclass(frozen=True)
@@ -27,80 +22,99 @@ class Pair:
     """Where the two factors of one adapter (or of a stack of them) stand in a tree, and how to read them.
 
     Attributes:
-        path_a: path of the left factor, keys joined by `/`.
-        path_b: path of the right factor.
-        transposed: whether the leaves hold `A^T (r, a)` and `B^T (b, r)`, as PEFT's do.
-        batch_axes: number of leading axes that stack independent pairs; None to infer it from the shapes.
+        path_a: key path of the left factor, a tuple such as `("layers", 0, "lora_a")`. Where there is only one leaf of
+            this text, it may also be written with `/`: `"layers/0/lora_a"`. `find_pairs` returns tuples.
+        path_b: key path of the right factor.
+        transposed: whether the leaves hold `A^T (r, a)` and `B^T (b, r)`, as PEFT's do; None to go by names and shapes.
+        batch_axes: which axes, the same in both leaves, stack independent pairs: the number of leading ones, or a tuple
+            of axes, `(1,)` for layers that `nn.scan` stacked along axis 1; None to go by names and shapes.
+        rank_axes: the axes of the rank in the two leaves, as `find_pairs` found them.
     """
 
-    path_a: str
-    path_b: str
-    transposed: bool = False
-    batch_axes: int | None = None
+    path_a: str | KeyPath
+    path_b: str | KeyPath
+    transposed: bool | None = None
+    batch_axes: BatchAxes | None = None
+    rank_axes: tuple[int, int] | None = field(default=None, compare=False, repr=False)
 
     def canonical_a(self, leaf: jax.Array) -> jax.Array:
         """Returns the left leaf as `(n, a, r)`."""
-        leaf = leaf.mT if self.transposed else leaf
-        return leaf.reshape(prod(leaf.shape[: self.batch_axes or 0]), -1, leaf.shape[-1])
+        batch, long, rank = self._axes(leaf, 0)
+        leaf = leaf.transpose((*batch, *long, rank))
+        return leaf.reshape(prod(leaf.shape[: len(batch)]), -1, leaf.shape[-1])
 
     def canonical_b(self, leaf: jax.Array) -> jax.Array:
         """Returns the right leaf as `(n, r, b)`."""
-        leaf, n = leaf.mT if self.transposed else leaf, self.batch_axes or 0
-        return leaf.reshape(prod(leaf.shape[:n]), leaf.shape[n], -1)
+        batch, long, rank = self._axes(leaf, 1)
+        leaf = leaf.transpose((*batch, rank, *long))
+        return leaf.reshape(prod(leaf.shape[: len(batch)]), leaf.shape[len(batch)], -1)
 
-    def restored(self, factor: jax.Array, leaf: jax.Array) -> jax.Array:
-        """Returns a canonical factor in the layout of its leaf."""
-        return (factor.mT if self.transposed else factor).reshape(leaf.shape)
+    def restored_a(self, factor: jax.Array, leaf: jax.Array) -> jax.Array:
+        """Returns a left factor `(n, a, r)` in the layout of its leaf."""
+        batch, long, rank = self._axes(leaf, 0)
+        return _in_layout(factor, (*batch, *long, rank), leaf.shape)
+
+    def restored_b(self, factor: jax.Array, leaf: jax.Array) -> jax.Array:
+        """Returns a right factor `(n, r, b)` in the layout of its leaf."""
+        batch, long, rank = self._axes(leaf, 1)
+        return _in_layout(factor, (*batch, rank, *long), leaf.shape)
+
+    def _axes(self, leaf, side: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        """The axes of a leaf that stack pairs, those of its long side, and that of the rank."""
+        if self.rank_axes is None or self.batch_axes is None:
+            raise ValueError(f"{self} is not from find_pairs, which says how it is to be read")
+        batch = tuple(range(self.batch_axes)) if isinstance(self.batch_axes, int) else self.batch_axes
+        rank = self.rank_axes[side]
+        return batch, tuple(i for i in range(leaf.ndim) if i not in (*batch, rank)), rank
 
 
-PairSpec = Pair | tuple[str, str]
+PairSpec = Pair | tuple[str | KeyPath, str | KeyPath]
 Pairs = Sequence[PairSpec] | Callable[[Any], Iterable[PairSpec]]
 
 
-def find_pairs(params: Any, pairs: Pairs | None = None) -> tuple[Pair, ...]:
+def find_pairs(
+    params: Any,
+    pairs: Pairs | None = None,
+    *,
+    transposed: bool | None = None,
+    batch_axes: BatchAxes | None = None,
+) -> tuple[Pair, ...]:
     """Finds the LoRA pairs of a parameter tree.
 
     Args:
-        params: any pytree: nested dicts, `nnx.State`, Linen variables, a flat dict with dotted keys. Leaves are arrays
-            or shapes (`jax.ShapeDtypeStruct`). Leaves that are no factors are passed over.
+        params: any pytree: nested or flat dicts, `nnx.State`, Linen variables, lists, equinox modules. Leaves are
+            arrays, shapes (`jax.ShapeDtypeStruct`) or variables of Keras. Leaves that are no factors are passed over.
         pairs: names the pairs instead of searching for them: a sequence of `Pair` or `(path_a, path_b)`, or a callable
-            that returns one when it is given `params`. Paths are keys joined by `/`, as in `Pair.path_a`.
+            that returns one when it is given `params`. Paths are tuples of keys, or their text joined by `/`.
+        transposed: the layout of all pairs that do not say their own, as in `Pair`.
+        batch_axes: the stacking axes, as in `Pair`, of all pairs whose shapes leave a choice.
 
     Returns:
-        The pairs, in the order of their left factors in the tree, with `batch_axes` resolved. If the shapes can be read
-        in two ways (a stack of as many layers as the rank), leading axes are taken for stacked pairs.
+        The pairs, in the order of their left factors in the tree, with everything that was inferred.
 
     Raises:
-        ValueError: a factor has no partner, the shapes of two partners do not fit, a named path does not exist, or
-            there is no pair at all. The message names the path.
+        ValueError: a factor has no partner; the shapes of two partners do not fit, or can be read in several ways that
+            give different products; a named path does not exist; there is no pair at all. The message names the path
+            and says what to do.
         TypeError: a factor is not a floating-point array.
 
     >>> [p.path_a for p in find_pairs({"mlp": {"lora_a": jnp.ones((8, 2)), "lora_b": jnp.ones((2, 4))}})]
-    ['mlp/lora_a']
+    [('mlp', 'lora_a')]
     """
     leaves = leaves_by_path(params)
+    found: list[tuple[Pair, Convention]]
     if pairs is None:
-        found = _search(leaves)
+        found = [(Pair(a, b), convention) for a, b, convention in pair_up(params, leaves)]
         if not found:
-            shown = ", ".join(list(leaves)[:5]) or "none"
-            raise ValueError(
-                f"params must hold at least one LoRA pair (lora_a/lora_b, <weight>_lora_a/<weight>_lora_b, "
-                f"lora_A/lora_B), found none among {len(leaves)} leaves ({shown}{', ...' if len(leaves) > 5 else ''}); "
-                f"other names can be given with pairs="
-            )
+            raise _nothing_found(leaves)
     else:
-        named = pairs(params) if callable(pairs) else pairs
-        found = [p if isinstance(p, Pair) else Pair(*p) for p in named]
-        if not found:
+        specs = [
+            spec if isinstance(spec, Pair) else Pair(*spec) for spec in (pairs(params) if callable(pairs) else pairs)
+        ]
+        if not specs:
             raise ValueError("pairs must name at least one pair, got none")
-        used: set[str] = set()
-        for path in (path for pair in found for path in (pair.path_a, pair.path_b)):
-            if path not in leaves:
-                raise ValueError(f"pairs names the path {path!r}, which is not in params")
-            if path in used:
-                raise ValueError(f"pairs names the path {path!r} twice; a factor belongs to one pair")
-            used.add(path)
-    return tuple(_resolved(pair, leaves[pair.path_a], leaves[pair.path_b]) for pair in found)
+        found = [(pair, Convention()) for pair in _located(specs, leaves)]
+    return tuple(_resolved(pair, convention, leaves, transposed, batch_axes) for pair, convention in found)
 
 
 def read_pairs(tree: Any, pairs: Sequence[Pair]) -> list[tuple[jax.Array, jax.Array]]:
@@ -111,119 +125,120 @@ def read_pairs(tree: Any, pairs: Sequence[Pair]) -> list[tuple[jax.Array, jax.Ar
         pairs: from `find_pairs`.
     """
     leaves = leaves_by_path(tree)
-    return [(pair.canonical_a(leaves[pair.path_a]), pair.canonical_b(leaves[pair.path_b])) for pair in pairs]
+    return [(p.canonical_a(_array(leaves[p.path_a])), p.canonical_b(_array(leaves[p.path_b]))) for p in pairs]
 
 
-def write_pairs(tree: Any, pairs: Sequence[Pair], factors: Sequence[tuple[jax.Array, jax.Array]]) -> Any:
+def write_pairs(tree: Any, pairs: Sequence[Pair], factors: Sequence[tuple[jax.Array, ...]]) -> Any:
     """Returns the tree with new factors, given as `read_pairs` returns them; the other leaves stay as they are.
 
     Args:
         tree: a tree of the structure in which the pairs were found.
         pairs: from `find_pairs`.
-        factors: one `(lora_a, lora_b)` per pair.
+        factors: one `(lora_a, lora_b, ...)` per pair, as `read_pairs` or `balance_pairs` returns them; what follows the
+            two is not written.
     """
     leaves, new = leaves_by_path(tree), {}
-    for pair, (lora_a, lora_b) in zip(pairs, factors, strict=True):
-        new[pair.path_a] = pair.restored(lora_a, leaves[pair.path_a])
-        new[pair.path_b] = pair.restored(lora_b, leaves[pair.path_b])
+    for pair, (lora_a, lora_b, *_) in zip(pairs, factors, strict=True):
+        new[pair.path_a] = pair.restored_a(lora_a, leaves[pair.path_a])
+        new[pair.path_b] = pair.restored_b(lora_b, leaves[pair.path_b])
     return with_leaves(tree, new)
 
 
-def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """Returns the leaves of a tree by their paths, optax's masked nodes among them.
+def _in_layout(factor, axes: tuple[int, ...], shape: tuple[int, ...]):
+    """A factor whose axes, once it has the sizes of its leaf's, are these ones of the leaf."""
+    return factor.reshape([shape[i] for i in axes]).transpose([axes.index(i) for i in range(len(axes))])
 
-    Args:
-        tree: any pytree.
-        is_leaf: what else to take for a leaf.
-    """
-    flat, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: _is_masked(node) or (is_leaf is not None and is_leaf(node))
+
+def _array(leaf):
+    """A leaf as an array, where it is a variable of Keras."""
+    return leaf if hasattr(leaf, "transpose") else jnp.asarray(leaf)
+
+
+def _nothing_found(leaves: Mapping[Any, Any]) -> ValueError:
+    shown = ", ".join(map(path_text, list(leaves)[:5])) or "none"
+    alike = _alike(leaves)
+    hint = "other names can be given with pairs="
+    if alike:
+        hint = f"some leaves look like factors; if they are, give pairs=[{', '.join(map(str, alike))}]"
+    return ValueError(
+        f"params must hold at least one LoRA pair ({NAMES}), found none among {len(leaves)} leaves "
+        f"({shown}{', ...' if len(leaves) > 5 else ''}); {hint}"
     )
-    return {_name(path): leaf for path, leaf in flat}
 
 
-def with_leaves(tree: Any, new: dict[str, Any]) -> Any:
-    """Returns the tree with other leaves at some paths.
-
-    Args:
-        tree: any pytree.
-        new: the leaves to put there, by their paths.
-    """
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(_name(path), leaf), tree, is_leaf=_is_masked)
-
-
-def _name(path) -> str:
-    """A key path as text: keys joined by `/`, without the `value` that a flax Variable adds."""
-    parts = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
-    if parts and isinstance(path[-1], jax.tree_util.GetAttrKey) and parts[-1] in ("value", "raw_value"):
-        parts = parts[:-1]
-    return "/".join(parts)
+def _alike(leaves: Mapping[Any, Any]) -> list[tuple[str, str]]:
+    """Leaves that stand near each other and could be the factors of a matrix of at least twice their rank."""
+    left = [path for path, leaf in leaves.items() if len(getattr(leaf, "shape", ())) >= 2]
+    found: list[tuple[str, str]] = []
+    while left:
+        first, *left = left
+        for second in left[:3]:
+            fitting = _thin(first, second, leaves)
+            if fitting and first[:-1] == second[:-1]:
+                found.append((path_text(fitting[0][0]), path_text(fitting[0][1])))
+                left.remove(second)
+                break
+    return found
 
 
-def _is_masked(node) -> bool:
-    return isinstance(node, optax.MaskedNode)
+def _thin(first: KeyPath, second: KeyPath, leaves: Mapping[Any, Any]) -> list[tuple[KeyPath, KeyPath]]:
+    """The orders in which two leaves fit as the factors of a matrix of at least twice their rank."""
+    return [
+        (a, b)
+        for a, b in ((first, second), (second, first))
+        for way in readings(tuple(leaves[a].shape), tuple(leaves[b].shape), transposed=False)
+        if 2 * way.rank <= min(way.sides)
+    ]
 
 
-def _factor(path: str) -> tuple[str, str, str] | None:
-    """Splits a factor's path into what comes before its side, the side (`a`, `b`, `A` or `B`), and the rest."""
-    matches = list(_FACTOR.finditer(path))
-    if not matches or re.search(r"[./]bias$", path):
-        return None
-    match = matches[-1]
-    return path[: match.end() - 1], path[match.end() - 1], path[match.end() :]
+def _located(pairs: Sequence[Pair], leaves: Mapping[Any, Any]) -> list[Pair]:
+    """Pairs that the user names, with their paths as the tree has them."""
+    found = [replace(p, path_a=_location(p.path_a, leaves), path_b=_location(p.path_b, leaves)) for p in pairs]
+    used: set = set()
+    for path in (path for pair in found for path in (pair.path_a, pair.path_b)):
+        if path in used:
+            raise ValueError(f"pairs names the path {path_text(path)!r} twice; a factor belongs to one pair")
+        used.add(path)
+    return found
 
 
-def _search(leaves: dict[str, Any]) -> list[Pair]:
-    """Pairs the leaves whose paths differ in the factor's side alone."""
-    factors: dict[tuple[str, bool, str], dict[str, str]] = {}
-    for path, leaf in leaves.items():
-        if (parts := _factor(path)) and not _is_masked(leaf):
-            before, side, rest = parts
-            factors.setdefault((before, side.isupper(), rest), {})[side.lower()] = path
-    for (before, transposed, rest), sides in factors.items():
-        if len(sides) == 1:
-            ((side, path),) = sides.items()
-            other = "b" if side == "a" else "a"
-            raise _unpaired(path, f"{before}{other.upper() if transposed else other}{rest}", leaves)
-    found = {sides["a"]: Pair(sides["a"], sides["b"], transposed) for (_, transposed, _), sides in factors.items()}
-    return [found[path] for path in leaves if path in found]
+def _location(path: str | KeyPath, leaves: Mapping[Any, Any]) -> KeyPath:
+    matches = [known for known in leaves if path in (known, path_text(known))]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ValueError(f"pairs names the path {path!r}, which is all of {matches}; name it by its tuple of keys")
+    near = difflib.get_close_matches(path_text(path), map(path_text, leaves), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"pairs names the path {path_text(path)!r}, which is not in params{hint}")
 
 
-def _unpaired(path: str, partner: str, leaves: dict[str, Any]) -> ValueError:
-    if _is_masked(leaves.get(partner)):
-        return ValueError(
-            f"the factor {path} is separated by a mask from its partner {partner}; both factors of a pair must reach "
-            f"this transformation, so put it outside the mask or partition that splits them"
-        )
-    return ValueError(f"the factor {path} has no partner: params hold no {partner}")
-
-
-def _resolved(pair: Pair, leaf_a, leaf_b) -> Pair:
-    """The pair with its number of stacking axes, after its shapes and dtypes were checked."""
-    for path, leaf in ((pair.path_a, leaf_a), (pair.path_b, leaf_b)):
+def _resolved(
+    pair: Pair,
+    convention: Convention,
+    leaves: Mapping[Any, Any],
+    transposed: bool | None,
+    batch_axes: BatchAxes | None,
+) -> Pair:
+    """The pair with the axes of its leaves, after their shapes and dtypes were checked."""
+    texts, found = [path_text(path) for path in (pair.path_a, pair.path_b)], [leaves[pair.path_a], leaves[pair.path_b]]
+    for text, leaf in zip(texts, found, strict=True):
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"{path} must be a floating-point array, got {dtype or type(leaf).__name__}")
-    shape_a, shape_b = tuple(leaf_a.shape), tuple(leaf_b.shape)
-    if pair.transposed:
-        candidates = range(max(len(shape_a) - 2, 0), len(shape_a) - 1)
-        shape_a, shape_b = _swapped(shape_a), _swapped(shape_b)
-    else:
-        candidates = range(min(len(shape_a), len(shape_b)) - 1)
-    fitting = [
-        n for n in candidates if len(shape_b) > n + 1 and shape_a[:n] == shape_b[:n] and shape_a[-1] == shape_b[n]
-    ]
-    if pair.transposed and len(shape_a) != len(shape_b):
-        fitting = []
-    if not fitting or (pair.batch_axes is not None and pair.batch_axes not in fitting):
-        layout = "(..., r, in) and (..., out, r)" if pair.transposed else "(..., in, r) and (..., r, out)"
-        stacked = "" if pair.batch_axes is None else f" with {pair.batch_axes} stacking axes"
-        raise ValueError(
-            f"{pair.path_a} and {pair.path_b} must have shapes {layout} of one rank{stacked}, "
-            f"got {tuple(leaf_a.shape)} and {tuple(leaf_b.shape)}"
+            raise TypeError(f"{text} must be a floating-point array, got {dtype or type(leaf).__name__}")
+    try:
+        reading = the_reading(
+            tuple(found[0].shape),
+            tuple(found[1].shape),
+            convention,
+            transposed=transposed if pair.transposed is None else pair.transposed,
+            batch_axes=pair.batch_axes,
+            preferred=batch_axes,
         )
-    return pair if pair.batch_axes is not None else replace(pair, batch_axes=max(fitting))
-
-
-def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[:-2], shape[-1], shape[-2]) if len(shape) >= 2 else shape
+    except ValueError as error:
+        example = f"Pair({texts[0]!r}, {texts[1]!r}, transposed=..., batch_axes=...)"
+        raise ValueError(
+            f"{texts[0]} and {texts[1]} {error}. To say how they are to be read give pairs=[{example}, ...], or for "
+            f"all pairs at once pairs=lambda params: find_pairs(params, transposed=..., batch_axes=...)"
+        ) from None
+    return replace(pair, transposed=reading.transposed, batch_axes=reading.batch_axes, rank_axes=reading.rank_axes)

@@ -13,8 +13,9 @@ import jax
 import optax
 
 from balora_jax.gauge import matmul
-from balora_jax.pairs import Pair, leaves_by_path, with_leaves
+from balora_jax.pairs import Pair
 from balora_jax.sharding import sharded_like
+from balora_jax.trees import is_masked, leaves_by_path, path_text, with_leaves
 
 # Which fields of optax's states are moments of past gradients, and of which order. Centred second moments are not here:
 # less the square of a mean that is carried exactly, they could become negative.
@@ -27,7 +28,7 @@ _MOMENTS: dict[type, dict[str, int]] = {
     optax.ScaleByRmsState: {"nu": 2},
     optax.ScaleByRssState: {"sum_of_squares": 2},
     optax.MultiStepsState: {"acc_grads": 1},
-    type(optax.scale_by_rms(bias_correction=True).init({})): {"nu": 2},
+    type(jax.eval_shape(optax.scale_by_rms(bias_correction=True).init, {})): {"nu": 2},  # has no public name
 }
 
 
@@ -42,25 +43,24 @@ def check_movable(state: Any, pairs: Sequence[Pair]) -> None:
         ValueError: it does; the message names the place in the state.
     """
     factors = {path for pair in pairs for path in (pair.path_a, pair.path_b)}
-    for path in leaves_by_path(state, is_leaf=_holds_moments):
-        parts = path.split("/")
-        if not factors.isdisjoint("/".join(parts[i:]) for i in range(len(parts))):
-            known = ", ".join(sorted(kind.__name__ for kind in _MOMENTS))
-            raise ValueError(
-                f"the inner optimizer keeps {path} in its state, and there is no rule to carry it through a change of "
-                f"gauge (there is one for {known}); use balora(..., transport=False), or chain the optimizer with "
-                f"balora_project(), to leave the state as it is"
-            )
+    known = ", ".join(sorted(kind.__name__ for kind in _MOMENTS))
     for path, node in leaves_by_path(state, is_leaf=_holds_moments).items():
         if isinstance(node, optax.MultiStepsState):
             check_movable(node.inner_opt_state, pairs)
+        if not _holds_moments(node) and not factors.isdisjoint(path[i:] for i in range(len(path))):
+            raise ValueError(
+                f"the inner optimizer keeps {path_text(path)} in its state, and there is no rule to carry it through a "
+                f"change of gauge (there is one for {known}); use balora(..., transport=False), or chain the optimizer "
+                f"with balora_project(), to leave the state as it is"
+            )
         for name in _MOMENTS.get(type(node), ()):
             missing = factors - leaves_by_path(getattr(node, name)).keys()
             if missing:
                 raise ValueError(
-                    f"the inner optimizer keeps {name} of {type(node).__name__} at {path or 'the top of its state'} in "
-                    f"another structure than the parameters (no {min(missing)}), and it cannot be carried through a "
-                    f"change of gauge; take out what flattens the parameters, or use balora(..., transport=False)"
+                    f"the inner optimizer keeps {name} of {type(node).__name__} at "
+                    f"{path_text(path) or 'the top of its state'} in another structure than the parameters (no "
+                    f"{min(map(path_text, missing))}), and it cannot be carried through a change of gauge; take out "
+                    f"what flattens the parameters, or use balora(..., transport=False)"
                 )
 
 
@@ -93,12 +93,12 @@ def _moved(moment, pairs, changes, order):
     leaves, new = leaves_by_path(moment), {}
     for pair, (forward, inverse) in zip(pairs, changes, strict=True):
         leaf_a, leaf_b = leaves.get(pair.path_a, optax.MaskedNode()), leaves.get(pair.path_b, optax.MaskedNode())
-        if not isinstance(leaf_a, optax.MaskedNode):
+        if not is_masked(leaf_a):
             left = pair.canonical_a(leaf_a).astype(inverse.dtype)
             left = sharded_like(left, matmul, left, inverse.mT**order)
-            new[pair.path_a] = pair.restored(left.astype(leaf_a.dtype), leaf_a)
-        if not isinstance(leaf_b, optax.MaskedNode):
+            new[pair.path_a] = pair.restored_a(left.astype(leaf_a.dtype), leaf_a)
+        if not is_masked(leaf_b):
             right = pair.canonical_b(leaf_b).astype(forward.dtype)
             right = sharded_like(right, matmul, forward.mT**order, right)
-            new[pair.path_b] = pair.restored(right.astype(leaf_b.dtype), leaf_b)
+            new[pair.path_b] = pair.restored_b(right.astype(leaf_b.dtype), leaf_b)
     return with_leaves(moment, new)

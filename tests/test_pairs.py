@@ -6,10 +6,21 @@ import numpy as np
 import pytest
 import qwix
 from flax import linen, nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracles import gap, same_bits
 
-from balora_jax import Pair, balance, find_pairs
-from balora_jax.pairs import read_pairs, write_pairs
+from balora_jax import (
+    Pair,
+    balance,
+    balance_pairs,
+    balance_tree,
+    balora_project,
+    find_pairs,
+    read_pairs,
+    write_pairs,
+)
+from balora_jax.trees import path_text
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix")
 
@@ -140,6 +151,66 @@ CONVENTIONS = {
         [Pair("lora/lora_a", "lora/lora_b", batch_axes=1)],
         ["lir,lro->lio"],
     ),
+    "layers that were scanned along the last axis": (
+        {"lora_a": normal(6, 2, 3), "lora_b": normal(2, 12, 3)},
+        [Pair("lora_a", "lora_b", batch_axes=(2,))],
+        ["irl,rol->iol"],
+    ),
+    "convolution": (
+        {"lora_a": normal(3, 3, 6, 2), "lora_b": normal(1, 1, 2, 12)},
+        [Pair("lora_a", "lora_b", batch_axes=0)],
+        ["hwir,xyro->hwio"],
+    ),
+    "convolution of size 1": (
+        {"lora_a": normal(1, 1, 6, 2), "lora_b": normal(1, 1, 2, 12)},
+        [Pair("lora_a", "lora_b", batch_axes=2)],
+        ["hwir,xyro->hwio"],
+    ),
+    "PEFT convolution": (
+        {"conv.lora_A.weight": normal(2, 6, 3, 3), "conv.lora_B.weight": normal(12, 2, 1, 1)},
+        [Pair("conv.lora_A.weight", "conv.lora_B.weight", True, 0)],
+        ["rihw,orxy->oihw"],
+    ),
+    "as many heads as ranks": (
+        {"w_lora_a": normal(6, 2), "w_lora_b": normal(2, 2, 5)},
+        [Pair("w_lora_a", "w_lora_b", batch_axes=0)],
+        ["dR,Rnh->dnh"],
+    ),
+    "square in every way": (
+        {"lora_a": normal(2, 2), "lora_b": normal(2, 2)},
+        [Pair("lora_a", "lora_b", batch_axes=0)],
+        ["ir,ro->io"],
+    ),
+    "more ranks than outputs": (
+        {"head": {"lora_a": normal(9, 2), "lora_b": normal(2, 1)}},
+        [Pair("head/lora_a", "head/lora_b", batch_axes=0)],
+        ["ir,ro->io"],
+    ),
+    "gemma": (
+        {"q_einsum": {"lora": {"a": normal(6, 2), "b": normal(2, 3, 4)}, "w": normal(3, 6, 4)}},
+        [Pair("q_einsum/lora/a", "q_einsum/lora/b", batch_axes=0)],
+        ["dR,Rnh->dnh"],
+    ),
+    "flax's flat dict": (
+        {("up", "lora_a"): normal(6, 2), ("up", "lora_b"): normal(2, 12), ("up", "kernel"): normal(6, 12)},
+        [Pair("up/lora_a", "up/lora_b", batch_axes=0)],
+        ["ir,ro->io"],
+    ),
+    "Keras's paths": (
+        {"dense/lora_kernel_a": normal(6, 2), "dense/lora_kernel_b": normal(2, 12), "dense/bias": normal(12)},
+        [Pair("dense/lora_kernel_a", "dense/lora_kernel_b", batch_axes=0)],
+        ["ir,ro->io"],
+    ),
+    "Keras's embedding": (
+        {"e/lora_embeddings_a": normal(9, 2), "e/lora_embeddings_b": normal(2, 6)},
+        [Pair("e/lora_embeddings_a", "e/lora_embeddings_b", batch_axes=0)],
+        ["ir,ro->io"],
+    ),
+    "layers in the place of factors": (
+        {"q": {"lora_a": {"weight": normal(2, 6)}, "lora_b": {"weight": normal(6, 2), "bias": normal(6)}}},
+        [Pair("q/lora_a/weight", "q/lora_b/weight", True, 0)],
+        ["ri,or->io"],
+    ),
     "PEFT file": (
         peft(normal(2, 6), normal(12, 2)),
         [Pair(f"{Q_PROJ}.lora_A.weight", f"{Q_PROJ}.lora_B.weight", True, 0)],
@@ -177,7 +248,10 @@ conventions = pytest.mark.parametrize(("tree", "expected", "contractions"), CONV
 
 def leaf(tree, path):
     """The array at a path, by indexing."""
-    for key in path.split("/"):
+    keys = path.split("/")
+    if path in tree or tuple(keys) in tree:  # a flat dict
+        return np.asarray(tree[path if path in tree else tuple(keys)], float)
+    for key in keys:
         tree = tree[int(key) if key.isdigit() else key]
     return np.asarray(tree[...], float)
 
@@ -187,14 +261,19 @@ def filled(tree):
     return jax.tree.map(lambda x: x if jnp.any(x) else normal(*x.shape), tree)
 
 
+def seen(pairs):
+    """Pairs as these tests write them: paths as text, PEFT's layout or not."""
+    return [(path_text(p.path_a), path_text(p.path_b), bool(p.transposed), p.batch_axes) for p in pairs]
+
+
 def balanced(tree, pairs):
     return write_pairs(tree, pairs, [balance(*factors, gauge="symmetric") for factors in read_pairs(tree, pairs)])
 
 
 @conventions
 def test_finds_the_pairs_and_their_layout(tree, expected, contractions):
-    assert find_pairs(tree) == tuple(expected)
-    assert find_pairs(jax.eval_shape(lambda: tree)) == tuple(expected)
+    assert seen(find_pairs(tree)) == seen(expected)
+    assert seen(find_pairs(jax.eval_shape(lambda: tree))) == seen(expected)
     assert len(contractions) == len(expected)
 
 
@@ -221,7 +300,8 @@ def test_writing_what_was_read_changes_nothing(tree, expected, contractions):
     factors = read_pairs(tree, pairs)
     for (a, b), pair in zip(factors, expected, strict=True):
         assert a.ndim == b.ndim == 3
-        assert a.shape[0] == b.shape[0] == np.prod(leaf(tree, pair.path_a).shape[: pair.batch_axes])
+        axes = range(pair.batch_axes) if isinstance(pair.batch_axes, int) else pair.batch_axes
+        assert a.shape[0] == b.shape[0] == np.prod([leaf(tree, pair.path_a).shape[i] for i in axes])
         assert a.shape[2] == b.shape[1] == 2
     new_tree = write_pairs(tree, pairs, factors)
     assert all(same_bits(x, y) for x, y in zip(*map(jax.tree.leaves, (tree, new_tree)), strict=True))
@@ -239,7 +319,7 @@ def test_writing_what_was_read_changes_nothing(tree, expected, contractions):
     ids=["all state", "params", "split", "pure dict of factors", "pure dict"],
 )
 def test_views_of_a_qwix_model(qwix_model, view):
-    assert sorted(find_pairs(view(qwix_model)), key=lambda pair: pair.path_a) == QWIX_NNX_PAIRS
+    assert sorted(seen(find_pairs(view(qwix_model)))) == seen(QWIX_NNX_PAIRS)
 
 
 def test_a_balanced_qwix_nnx_model_computes_the_same(qwix_model):
@@ -263,7 +343,7 @@ def test_a_balanced_qwix_linen_model_computes_the_same():
     variables = model.init(jax.random.key(0), X)
     pairs = find_pairs(variables)
     names = ("DenseGeneral_0", "DenseGeneral_1", "Dense_0")
-    assert pairs == tuple(Pair(f"params/{n}/kernel_lora_a", f"params/{n}/kernel_lora_b", batch_axes=0) for n in names)
+    assert seen(pairs) == [(f"params/{n}/kernel_lora_a", f"params/{n}/kernel_lora_b", False, 0) for n in names]
     after = balanced(variables, pairs)
     np.testing.assert_allclose(model.apply(after, X), model.apply(variables, X), atol=1e-5)
     for a, b in read_pairs(after, pairs):
@@ -278,7 +358,7 @@ NAMED = {"left": normal(6, 2), "right": normal(2, 5), "stack": {"u": normal(2, 6
     [
         ([("left", "right")], [Pair("left", "right", batch_axes=0)]),
         (lambda params: [(k, "right") for k in params if k == "left"], [Pair("left", "right", batch_axes=0)]),
-        ([Pair("stack/u", "stack/v")], [Pair("stack/u", "stack/v", batch_axes=1)]),
+        ([Pair("stack/u", "stack/v", batch_axes=1)], [Pair("stack/u", "stack/v", batch_axes=1)]),
         ([Pair("stack/u", "stack/v", batch_axes=0)], [Pair("stack/u", "stack/v", batch_axes=0)]),
         ([Pair("right", "left", transposed=True)], [Pair("right", "left", True, 0)]),
         (
@@ -290,7 +370,7 @@ NAMED = {"left": normal(6, 2), "right": normal(2, 5), "stack": {"u": normal(2, 6
 )
 def test_pairs_can_be_named(pairs, expected):
     found = find_pairs(NAMED, pairs)
-    assert found == tuple(expected)
+    assert seen(found) == seen(expected)
     for pair, (a, b) in zip(expected, read_pairs(NAMED, found), strict=True):
         leaf_a, leaf_b = leaf(NAMED, pair.path_a), leaf(NAMED, pair.path_b)
         if pair.transposed:
@@ -302,12 +382,154 @@ def test_pairs_can_be_named(pairs, expected):
         np.testing.assert_allclose(np.ravel(product), np.ravel(dense), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", [list, tuple])
+def test_paths_that_read_alike_are_different_paths(form):
+    """A key may hold the `/` that joins keys in messages."""
+    pair = {"lora_a": normal(6, 2), "lora_b": normal(2, 5)}
+    other = jax.tree.map(lambda x: x + 1, pair)
+    params = form([{"x": {"y": pair}, "x/y": other}])
+    found = find_pairs(params)
+    assert [p.path_a for p in found] == [(0, "x", "y", "lora_a"), (0, "x/y", "lora_a")]
+    new = balance_tree(params)
+    for old_pair, new_pair in zip((pair, other), (new[0]["x"]["y"], new[0]["x/y"]), strict=True):
+        assert gap(new_pair["lora_a"], new_pair["lora_b"]).max() < 1e-5
+        np.testing.assert_allclose(
+            new_pair["lora_a"] @ new_pair["lora_b"], old_pair["lora_a"] @ old_pair["lora_b"], atol=1e-5
+        )
+    with pytest.raises(ValueError, match=r"all of .*name it by its tuple of keys"):
+        find_pairs(params, [("0/x/y/lora_a", "0/x/y/lora_b")])
+    assert find_pairs(params, [(p.path_a, p.path_b) for p in found]) == found
+
+
+class Variable:
+    """As Keras's: no pytree, but it tells its path and can be made an array."""
+
+    def __init__(self, path, value):
+        self.path, self.value, self.shape, self.dtype = path, value, value.shape, "float32"
+
+    def __jax_array__(self):
+        return self.value
+
+
+def test_a_list_of_variables_is_found_by_their_names_and_its_values_by_the_same_pairs():
+    variables = [
+        Variable("d/bias", normal(5)),
+        Variable("d/lora_kernel_a", normal(6, 2)),
+        Variable("d/lora_kernel_b", normal(2, 5)),
+    ]
+    pairs = find_pairs(variables)
+    assert seen(pairs) == [("1", "2", False, 0)]
+    values = [variable.value for variable in variables]
+    for x, y in zip(read_pairs(variables, pairs)[0], read_pairs(values, pairs)[0], strict=True):
+        np.testing.assert_array_equal(x, y)
+    twice = [*variables, Variable("d/lora_kernel_a", normal(6, 2))]
+    with pytest.raises(ValueError, match="two leaves are called d/lora_kernel_a"):
+        find_pairs(twice)
+
+
+def test_a_flat_state_of_flax_is_found_by_its_paths():
+    state = nnx.state(nnx.LoRALinear(6, 12, lora_rank=2, rngs=nnx.Rngs(0)))
+    flat = nnx.to_flat_state(state)
+    (pair,) = find_pairs(flat)
+    for x, y in zip(read_pairs(flat, [pair])[0], read_pairs(state, find_pairs(state))[0], strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_balance_pairs_fits_between_reading_and_writing():
+    tree, _, _ = CONVENTIONS["nested PEFT"]
+    pairs = find_pairs(tree)
+    new = write_pairs(tree, pairs, balance_pairs(read_pairs(tree, pairs)))
+    jax.tree.map(np.testing.assert_array_equal, new, balance_tree(tree))
+    assert not same_bits(new["q"]["lora_A"]["default"]["weight"], tree["q"]["lora_A"]["default"]["weight"])
+
+
+# name: (leaves of a pair, what the message says, hints to find_pairs, and the contraction that each means)
+AMBIGUOUS = {
+    "this layout under PEFT's names": (
+        {"lora_A": normal(16, 4), "lora_B": normal(4, 16)},
+        ["4 x 4 of rank 16 (transposed=True", "16 x 16 of rank 4 (transposed=False"],
+        [({"transposed": False}, "ir,ro->io"), ({"transposed": True}, "ri,or->io")],
+    ),
+    "PEFT's layout under other names": (
+        {"q": {"lora_a": normal(4, 16), "lora_b": normal(16, 4)}},
+        ["q/lora_a and q/lora_b", "rank 16 (transposed=False", "rank 4 (transposed=True"],
+        [({"transposed": True}, "ri,or->io"), ({"transposed": False}, "ir,ro->io")],
+    ),
+    "stacked": (
+        {"lora_A": normal(3, 16, 4), "lora_B": normal(3, 4, 16)},
+        ["3 pairs, 16 x 16 of rank 4 each (transposed=False, batch_axes=1)"],
+        [({"transposed": False}, "lir,lro->lio"), ({"transposed": True}, "lri,lor->lio")],
+    ),
+    "one left factor of several experts": (
+        {"lora_a": normal(16, 4), "lora_b": normal(4, 4, 32)},
+        ["one pair, 16 x 128 of rank 4", "4 right factors that share one left factor"],
+        [({"batch_axes": 0}, "ir,rno->ino")],
+    ),
+    "layers scanned along axis 1": (
+        {"lora_a": normal(16, 3, 4), "lora_b": normal(4, 3, 32)},
+        ["one pair, 48 x 96", "3 pairs, 16 x 32 of rank 4 each (transposed=False, batch_axes=(1,))"],
+        [({"batch_axes": (1,)}, "ilr,rlo->ilo"), ({"batch_axes": 0}, "ilr,rmo->ilmo")],
+    ),
+    "as many layers or heads as ranks": (
+        {"w_lora_a": normal(4, 16, 4), "w_lora_b": normal(4, 4, 32)},
+        ["4 pairs, 16 x 32 of rank 4 each (transposed=False, batch_axes=1)", "one pair, 64 x 128"],
+        [({"batch_axes": 1}, "lir,lro->lio"), ({"batch_axes": 0}, "hir,rno->hino")],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AMBIGUOUS)
+def test_what_can_be_read_in_several_ways_is_refused_until_it_is_said(case):
+    tree, fragments, choices = AMBIGUOUS[case]
+    with pytest.raises(ValueError, match="can be read in several ways that give different products") as caught:
+        balora_project().init(tree)
+    assert all(fragment in str(caught.value) for fragment in [*fragments, "pairs=[Pair("]), caught.value
+    for hints, contraction in choices:
+        (found,) = find_pairs(tree, **hints)
+        (named,) = find_pairs(tree, [Pair(found.path_a, found.path_b, **hints)], **hints)
+        assert seen([named]) == seen([found])
+        new = balance_tree(tree, pairs=lambda tree, hints=hints: find_pairs(tree, **hints))
+        old, new = ([np.asarray(x, float) for x in jax.tree.leaves(x)] for x in (tree, new))
+        np.testing.assert_allclose(np.einsum(contraction, *new), np.einsum(contraction, *old), atol=1e-5)
+        assert not np.allclose(new[0], old[0], atol=1e-3)
+
+
+FORMS = st.sampled_from(["plain", "PEFT", "qwix", "stacked", "scanned", "convolution"])
+
+
+@given(st.lists(st.tuples(FORMS, st.integers(1, 6), st.integers(1, 6), st.integers(1, 4)), min_size=1, max_size=4))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_every_pair_that_is_accepted_is_read_as_it_was_made(made):
+    """Whatever the sizes: the product that a pair is read as is the one that it stands for, or it is refused."""
+    tree, products = {}, {}
+    rng = np.random.default_rng(0)
+    for i, (form, a, b, r) in enumerate(made):
+        shape_a, shape_b, names, contraction = {
+            "plain": ((a, r), (r, b), "lora_a lora_b", "ir,ro->io"),
+            "PEFT": ((r, a), (b, r), "lora_A lora_B", "ri,or->io"),
+            "qwix": ((a, r), (r, b, 3), "w_lora_a w_lora_b", "ir,rno->ino"),
+            "stacked": ((3, a, r), (3, r, b), "lora_a lora_b", "lir,lro->lio"),
+            "scanned": ((a, 3, r), (r, 3, b), "lora_a lora_b", "ilr,rlo->lio"),
+            "convolution": ((2, 2, a, r), (1, 1, r, b), "lora_a lora_b", "hwir,xyro->hwio"),
+        }[form]
+        pair = dict(zip(names.split(), (rng.standard_normal(shape) for shape in (shape_a, shape_b)), strict=True))
+        tree[f"{i}"], products[f"{i}", names.split()[0]] = pair, np.einsum(contraction, *pair.values())
+    try:
+        pairs = find_pairs(tree)
+    except ValueError as error:
+        if "can be read in several ways" not in str(error):
+            raise
+        return
+    for pair, (a, b) in zip(pairs, read_pairs(tree, pairs), strict=True):
+        np.testing.assert_allclose(np.ravel(a @ b), np.ravel(products[pair.path_a]), atol=1e-12)
+
+
 def test_pairs_come_in_the_order_of_their_left_factors():
-    tree = OrderedDict((name, jnp.ones((2, 2))) for name in ("y.lora_b", "x.lora_a", "x.lora_b", "y.lora_a"))
-    assert [pair.path_a for pair in find_pairs(tree)] == ["x.lora_a", "y.lora_a"]
+    tree = OrderedDict((name, jnp.ones((3, 3, 3))) for name in ("y.lora_b", "x.lora_a", "x.lora_b", "y.lora_a"))
+    assert [pair.path_a for pair in find_pairs(tree, transposed=False, batch_axes=1)] == [("x.lora_a",), ("y.lora_a",)]
 
 
-A, B = jnp.ones((6, 2)), jnp.ones((2, 5))
+A, B, C = jnp.ones((6, 2)), jnp.ones((2, 5)), jnp.ones((4, 4))
 ERRORS = {
     "no B": ({"m": {"lora_a": A}}, None, ValueError, ["m/lora_a", "m/lora_b", "no partner"]),
     "no A": ({"m": {"w_lora_b": B}}, None, ValueError, ["m/w_lora_b", "m/w_lora_a", "no partner"]),
@@ -325,7 +547,13 @@ ERRORS = {
     "path twice": ({"u": A, "v": B, "w": B}, [("u", "v"), ("u", "w")], ValueError, ["'u'", "twice"]),
     "pair with itself": ({"u": jnp.eye(2)}, [("u", "u")], ValueError, ["'u'", "twice"]),
     "none named": ({"lora_a": A, "lora_b": B}, [], ValueError, ["at least one pair"]),
-    "batch_axes": ({"u": A, "v": B}, [Pair("u", "v", batch_axes=1)], ValueError, ["u", "v", "1 stacking axes"]),
+    "batch_axes": ({"u": A, "v": B}, [Pair("u", "v", batch_axes=1)], ValueError, ["u", "v", "batch_axes=1"]),
+    "frozen A": ({"m": {"lora_b": B}}, None, ValueError, ["m/lora_b", "moves both factors"]),
+    "other names": ({"m": {"down": A, "scale": A[0], "up": B}}, None, ValueError, ["pairs=[('m/down', 'm/up')]"]),
+    "a list": ([A, A[0], B], None, ValueError, ["pairs=[('0', '2')]"]),
+    "nearly a path": ({"mlp": {"u": A, "v": B}}, [("mlp/u", "ml/v")], ValueError, ["did you mean 'mlp/v'?"]),
+    "other layout by name": ({"lora_A": A, "lora_B": B}, None, ValueError, ["transposed=False they would be"]),
+    "square in every way": ({"u": C, "v": C + 1}, [("u", "v")], ValueError, ["transposed=True", "transposed=False"]),
     "named ranks differ": ({"u": A, "v": A}, [("u", "v")], ValueError, ["u", "v", "(6, 2)"]),
 }
 

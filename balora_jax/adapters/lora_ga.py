@@ -101,7 +101,7 @@ def gradient_triplets(
     triplets = {}
     for pair, q, c in zip(pairs, left, core, strict=True):
         u, values, vt = svd(c / count)
-        triplets[pair.path_a.removesuffix("/lora_a").replace("/", ".")] = Triplets(q @ u, values, vt)
+        triplets[".".join(map(str, pair.path_a[:-1]))] = Triplets(q @ u, values, vt)
     return triplets
 
 

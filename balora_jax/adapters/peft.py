@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from balora_jax.adapters.lora import Scaling, adapter_scale
 from balora_jax.files import read_json
 from balora_jax.pairs import Pair, find_pairs
+from balora_jax.trees import path_text
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -140,8 +141,8 @@ class PeftAdapter:
             if self.config.get(name):
                 raise ValueError(f"{CONFIG_FILE}: {name} must not be set, got {self.config[name]!r}: {why}")
         pairs = {
-            pair.path_a.removeprefix("base_model.model.").rpartition(".lora_")[0]: pair
-            for pair in find_pairs(self.tensors)
+            path_text(pair.path_a).removeprefix("base_model.model.").rpartition(".lora_")[0]: pair
+            for pair in find_pairs(self.tensors, transposed=True)
         }
         return {name: pairs[name] for name in sorted(pairs, key=_in_order)}
 

@@ -9,11 +9,12 @@ import optax
 from balora_jax.balance import working_dtype
 from balora_jax.gauge import matmul
 from balora_jax.optimizers.scaled import check_count, check_interval, check_params
-from balora_jax.pairs import Pair, find_pairs, leaves_by_path, read_pairs, with_leaves, write_pairs
+from balora_jax.pairs import Pair, find_pairs, read_pairs, write_pairs
+from balora_jax.trees import KeyPath, is_masked, leaves_by_path, only_leaves, path_text, with_leaves
 
 
 class AdaloraState(NamedTuple):
-    """State of `adalora`; the dicts have an entry for each factor P, E and Q, by its path.
+    """State of `adalora`; its trees are those of the parameters, of which they hold the factors P, E and Q alone.
 
     Attributes:
         count: int32, number of updates so far.
@@ -24,9 +25,9 @@ class AdaloraState(NamedTuple):
     """
 
     count: jax.Array  # type: ignore[assignment]
-    sensitivity: dict[str, jax.Array]
-    uncertainty: dict[str, jax.Array]
-    kept: dict[str, jax.Array]
+    sensitivity: Any
+    uncertainty: Any
+    kept: Any
     inner: optax.OptState
 
 
@@ -116,9 +117,12 @@ def adalora(
         triplets = _find_triplets(params) if jax.tree.leaves(params) else ()  # optax has an empty placeholder
         leaves = leaves_by_path(params)
         paths = [path for pair, path_e in triplets for path in (pair.path_a, path_e, pair.path_b)]
-        zeros = {path: jnp.zeros_like(leaves[path], working_dtype(leaves[path])) for path in paths}
+        zeros, more = (
+            {path: jnp.zeros_like(leaves[path], working_dtype(leaves[path])) for path in paths} for _ in range(2)
+        )
         kept = {path_e: jnp.ones(leaves[path_e].shape, bool) for _, path_e in triplets}
-        return AdaloraState(jnp.zeros((), jnp.int32), zeros, dict(zeros), kept, inner.init(params))
+        zeros, more, kept = (only_leaves(params, x) for x in (zeros, more, kept))
+        return AdaloraState(jnp.zeros((), jnp.int32), zeros, more, kept, inner.init(params))
 
     def update_fn(updates, state, params=None):
         check_params(params)
@@ -126,17 +130,20 @@ def adalora(
         updates = _regularised(updates, params, [pair for pair, _ in triplets], regularisation)
         old, gradients, learning = leaves_by_path(params), leaves_by_path(updates), count < last_phase
         sensitivity, uncertainty = {}, {}
-        for path, mean in state.sensitivity.items():
+        spreads, old_kept = leaves_by_path(state.uncertainty), leaves_by_path(state.kept)
+        for path, mean in leaves_by_path(state.sensitivity).items():
+            if is_masked(mean):
+                continue
             now = jnp.abs(old[path].astype(mean.dtype) * gradients[path].astype(mean.dtype))
             smooth = b1 * mean + (1 - b1) * now
-            spread = b2 * state.uncertainty[path] + (1 - b2) * jnp.abs(now - smooth)
+            spread = b2 * spreads[path] + (1 - b2) * jnp.abs(now - smooth)
             sensitivity[path] = jnp.where(learning, smooth, mean).astype(mean.dtype)
-            uncertainty[path] = jnp.where(learning, spread, state.uncertainty[path]).astype(mean.dtype)
+            uncertainty[path] = jnp.where(learning, spread, spreads[path]).astype(mean.dtype)
         scores = [_score(sensitivity, uncertainty, pair, path_e) for pair, path_e in triplets]
         done = (count - initial_steps) / (last_phase - initial_steps)
         due = (count > initial_steps) & (count % interval == 0) | (count >= last_phase)
         kept = {
-            path_e: jnp.where(due, chosen.reshape(old[path_e].shape), state.kept[path_e])
+            path_e: jnp.where(due, chosen.reshape(old[path_e].shape), old_kept[path_e])
             for (_, path_e), chosen in zip(triplets, _largest(scores, done, target_share), strict=True)
         }
         updates, moments = inner.update(updates, state.inner, params)
@@ -145,26 +152,39 @@ def adalora(
             path_e: jnp.where(due & ~kept[path_e], -old[path_e].astype(steps[path_e].dtype), steps[path_e])
             for _, path_e in triplets
         }
+        sensitivity, uncertainty, kept = (only_leaves(params, x) for x in (sensitivity, uncertainty, kept))
         return with_leaves(updates, masked), AdaloraState(count, sensitivity, uncertainty, kept, moments)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _find_triplets(params: Any) -> tuple[tuple[Pair, str], ...]:
+def _find_triplets(params: Any) -> tuple[tuple[Pair, KeyPath], ...]:
     """The pairs `(P, Q)` of a tree, each with the path of its E."""
     leaves, found = leaves_by_path(params), []
     for pair in find_pairs(params):
-        before, _, after = pair.path_a.rpartition("lora_A" if pair.transposed else "lora_a")
-        path_e = f"{before}{'lora_E' if pair.transposed else 'lora_e'}{after}"
+        path_e = _path_of_middle(pair.path_a)
         n, _, rank = jax.eval_shape(pair.canonical_a, leaves[pair.path_a]).shape
         size = getattr(leaves.get(path_e), "size", None)
         if size != n * rank:
             raise ValueError(
-                f"{path_e} must hold the {n * rank} values between {pair.path_a} and {pair.path_b}, "
-                f"got {'no such leaf' if size is None else f'{size} values'}"
+                f"{path_text(path_e)} must hold the {n * rank} values between {path_text(pair.path_a)} and "
+                f"{path_text(pair.path_b)}, got {'no such leaf' if size is None else f'{size} values'}"
             )
         found.append((pair, path_e))
     return tuple(found)
+
+
+def _path_of_middle(path) -> KeyPath:
+    """The path of E beside that of P: in the last key that names the factor, `lora_e` for `lora_a`."""
+    if not path:
+        return path
+    *before, last = path
+    if isinstance(last, tuple):
+        return (*before, _path_of_middle(last))
+    name, letter = ("lora_A", "E") if "lora_A" in str(last) else ("lora_a", "e")
+    if name not in str(last):
+        return (*_path_of_middle(tuple(before)), last)
+    return (*before, f"lora_{letter}".join(str(last).rsplit(name, 1)))
 
 
 def _regularised(updates, params, pairs, weight):

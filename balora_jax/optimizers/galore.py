@@ -1,6 +1,6 @@
 """GaLore: Adam on gradients compressed to a few of their singular directions, for full weight matrices."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from balora_jax.balance import working_dtype
 from balora_jax.gauge import matmul
 from balora_jax.linalg import svd
 from balora_jax.optimizers.scaled import check_adamw, check_count, check_interval, check_params
-from balora_jax.pairs import leaves_by_path, with_leaves
+from balora_jax.trees import leaves_by_path, only_leaves, with_leaves
 
 
 class GaloreState(NamedTuple):
@@ -18,13 +18,13 @@ class GaloreState(NamedTuple):
 
     Attributes:
         count: int32, number of updates so far.
-        bases: `(..., min(m, n), k)` of every matrix `(..., m, n)`, by its path: orthonormal directions of its shorter
+        bases: `(..., min(m, n), k)` in the place of every matrix `(..., m, n)`: orthonormal directions of its shorter
             side.
         inner: the state of Adam on the compressed gradients.
     """
 
     count: jax.Array  # type: ignore[assignment]
-    bases: dict[str, jax.Array]
+    bases: Any
     inner: optax.OptState
 
 
@@ -93,13 +93,15 @@ def galore(
         leaves = _matrices(params)
         bases = {path: jnp.zeros(_basis_shape(x, rank), working_dtype(x)) for path, x in leaves.items()}
         compressed = {path: jax.eval_shape(_compress, x, bases[path]) for path, x in leaves.items()}
-        return GaloreState(jnp.zeros((), jnp.int32), bases, adam.init(with_leaves(params, compressed)))
+        moments = adam.init(with_leaves(params, compressed))
+        return GaloreState(jnp.zeros((), jnp.int32), only_leaves(params, bases), moments)
 
     def update_fn(updates, state, params=None):
         check_params(params)
         leaves, due = _matrices(updates), state.count % update_interval == 0
-        wide = {path: x.astype(state.bases[path].dtype) for path, x in leaves.items()}
-        bases = {path: _followed(due, x, state.bases[path]) for path, x in wide.items()}
+        old_bases = _matrices(state.bases)
+        wide = {path: x.astype(old_bases[path].dtype) for path, x in leaves.items()}
+        bases = {path: _followed(due, x, old_bases[path]) for path, x in wide.items()}
         compressed = {path: _compress(x, bases[path]) for path, x in wide.items()}
         steps, inner = adam.update(with_leaves(updates, compressed), state.inner)
         steps_by_path = leaves_by_path(steps)
@@ -107,7 +109,8 @@ def galore(
             path: (scale * _expand(steps_by_path[path], bases[path], x.shape)).astype(x.dtype)
             for path, x in leaves.items()
         }
-        return with_leaves(steps, full), GaloreState(optax.safe_increment(state.count), bases, inner)
+        count = optax.safe_increment(state.count)
+        return with_leaves(steps, full), GaloreState(count, only_leaves(updates, bases), inner)
 
     return optax.chain(
         optax.GradientTransformation(init_fn, update_fn),

@@ -4,7 +4,8 @@ import jax
 import optax
 
 from balora_jax.optimizers.scaled import check_params
-from balora_jax.pairs import Pairs, find_pairs, leaves_by_path, with_leaves
+from balora_jax.pairs import Pairs, find_pairs
+from balora_jax.trees import leaves_by_path, with_leaves
 
 
 def lora_plus(

@@ -14,8 +14,9 @@ from balora_jax.balance import working_dtype
 from balora_jax.gauge import matmul
 from balora_jax.linalg import eigh, qr, svd
 from balora_jax.optimizers.scaled import check_adamw, check_interval, check_params, reciprocal
-from balora_jax.pairs import Pairs, find_pairs, leaves_by_path, read_pairs, with_leaves, write_pairs
+from balora_jax.pairs import Pairs, find_pairs, read_pairs, write_pairs
 from balora_jax.stacks import split
+from balora_jax.trees import leaves_by_path, with_leaves
 
 
 class LoraRiteState(NamedTuple):
@@ -128,7 +129,7 @@ def _scale_by_lora_rite(b1, b2, eps, skip, clip_norm, pairs) -> optax.GradientTr
     """The direction `M R^+^T` of each factor; of a tree that holds factors alone."""
 
     def init_fn(params):
-        trees: list[dict[str, jax.Array]] = [{}, {}, {}]
+        trees: list[dict[Any, jax.Array]] = [{}, {}, {}]
         if jax.tree.leaves(params):
             paths, factors = _sides(params, find_pairs(params, pairs))
             for path, factor, partner in zip(paths, factors, _swapped(factors), strict=True):

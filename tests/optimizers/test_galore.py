@@ -101,8 +101,8 @@ def test_the_default_rank_and_interval():
     for count, followed in ((100, False), (199, False), (200, True), (201, False)):
         start = (state[0]._replace(count=jnp.int32(count)), *state[1:])
         _, new = update(gradient(params, 1), start, params)
-        for name, basis in new[0].bases.items():
-            assert (np.abs(basis - state[0].bases[name]).max() > 1e-3) == followed, (name, count)
+        for basis, old in zip(*map(jax.tree.leaves, (new[0].bases, state[0].bases)), strict=True):
+            assert (np.abs(basis - old).max() > 1e-3) == followed, count
 
 
 def test_other_numbers_and_a_schedule():
@@ -111,7 +111,7 @@ def test_other_numbers_and_a_schedule():
     _, state = check_run(tx, Oracle(rank=2, interval=3, **options), 7, lambda step: 0.1 / (1 + step))
     shapes = {name: x.shape for name, x in state[0].inner.mu.items()}
     assert shapes == {**SHAPES, "tall": (9, 2), "wide": (2, 7), "square": (5, 2), "stack": (2, 3, 6, 2)}
-    assert {name: x.shape for name, x in state[0].bases.items()} == {
+    assert {name: x.shape for name, x in state[0].bases.items() if hasattr(x, "shape")} == {
         "tall": (5, 2),
         "wide": (4, 2),
         "square": (5, 2),

@@ -14,7 +14,7 @@ from balora_jax import balancing_gap
 from balora_jax.adapters import LORA_GA, AdaLoRALinear, DoRALinear, FullLinear, LoRALinear
 from balora_jax.methods import METHODS, BalanceSettings
 from balora_jax.optimizers import OptimizerSettings
-from balora_jax.pairs import leaves_by_path, with_leaves
+from balora_jax.trees import leaves_by_path, with_leaves
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
