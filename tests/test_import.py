@@ -24,6 +24,23 @@ print(float(balancing_gap(*optax.apply_updates(params, updates).values())))
     assert float(result.stdout) < 1e-5
 
 
+def test_no_module_starts_a_backend():
+    """Programs of several processes call `jax.distributed.initialize` after their imports, which is too late then."""
+    code = """
+import pkgutil, sys, balora_jax
+from importlib import import_module
+from jax._src.xla_bridge import backends_are_initialized
+for module in pkgutil.walk_packages(balora_jax.__path__, "balora_jax."):
+    import_module(module.name)
+    assert not backends_are_initialized(), module.name
+import jax
+jax.config.update("jax_num_cpu_devices", 3)
+print(len(jax.devices()))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert result.stdout == "3\n", result.stderr
+
+
 def test_public_names_exist():
     assert all(hasattr(balora_jax, name) for name in balora_jax.__all__)
     assert list(balora_jax.__all__) == sorted(balora_jax.__all__, key=lambda n: (not n.isupper(), n[0].islower(), n))

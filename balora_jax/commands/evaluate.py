@@ -17,7 +17,7 @@ from balora_jax.data.hub_tokenizer import files_fingerprint, tokenizer_files
 from balora_jax.training.config import Config, ConfigError, Sweep, check
 from balora_jax.training.evaluation import accuracies, answer, evaluate_loss, what_is_not_finite
 from balora_jax.training.run import load_data, load_model
-from balora_jax.training.single import NOTHING_TRAINED, Single
+from balora_jax.training.single import Single, nothing_trained
 from balora_jax.training.step import Program
 
 
@@ -62,7 +62,7 @@ def report(config: Config, sweep: Sweep, adapter: Path | None, console: Console)
         console.print(note, markup=False, soft_wrap=True)
     program = cast(Program, Single(model))  # as much of one as an evaluation uses
     batch_size = config.training.eval_batch_size
-    losses = evaluate_loss(program, NOTHING_TRAINED, examples, batch_size=batch_size)
+    losses = evaluate_loss(program, nothing_trained(), examples, batch_size=batch_size)
     if not np.isfinite(losses.total[0]):
         raise ConfigError(
             f"the evaluation loss must be finite, got {losses.total[0]}; {what_is_not_finite(program.base)}"
@@ -70,7 +70,7 @@ def report(config: Config, sweep: Sweep, adapter: Path | None, console: Console)
     accuracy = {}
     if examples.score is not None:
         new_tokens = config.training.max_new_tokens
-        (texts,) = answer(program, NOTHING_TRAINED, examples, batch_size=batch_size, max_new_tokens=new_tokens)
+        (texts,) = answer(program, nothing_trained(), examples, batch_size=batch_size, max_new_tokens=new_tokens)
         accuracy = accuracies(texts, examples)
     table = Table(box=box.SIMPLE_HEAD, caption=f"{config.model.path}, adapter: {adapter or 'none'}")
     for name in ("module", "examples", "evaluation loss", examples.score_name or "right answers"):

@@ -10,10 +10,12 @@ from flax import nnx
 from balora_jax.models import Decoder
 from balora_jax.training.step import Batch, TrainState, token_losses
 
-NOTHING_TRAINED = TrainState(
-    jnp.zeros(1, jnp.int32), {}, nnx.State({}), None, nnx.State({}), nnx.State({}), jnp.full(1, -1, jnp.int32)
-)
-"""The state that goes with a `Single`."""
+
+def nothing_trained() -> TrainState:
+    """Returns the state that goes with a `Single`."""
+    return TrainState(
+        jnp.zeros(1, jnp.int32), {}, nnx.State({}), None, nnx.State({}), nnx.State({}), jnp.full(1, -1, jnp.int32)
+    )
 
 
 class Single:
