@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from balora_jax.balance import Balanced, balance, balance_pair, balance_pairs, balancing_gap
     from balora_jax.gauge import GAUGES, ROUTES
-    from balora_jax.pairs import Pair, find_pairs
-    from balora_jax.transform import BaloraProjectState, BaloraState, balora, balora_project
+    from balora_jax.pairs import Pair, find_pairs, read_pairs, write_pairs
+    from balora_jax.projection import balance_tree
+    from balora_jax.transform import BaloraProjectState, BaloraState, balora, balora_project, check_projection
 
 __all__ = [
     "GAUGES",
@@ -25,11 +26,18 @@ __all__ = [
     "balance",
     "balance_pair",
     "balance_pairs",
+    "balance_tree",
     "balancing_gap",
     "balora",
     "balora_project",
+    "check_projection",
     "find_pairs",
+    "read_pairs",
+    "write_pairs",
 ]
+
+
+_HOMES = ("gauge", "balance", "pairs", "projection", "transform")
 
 
 class _Package(types.ModuleType):
@@ -38,9 +46,7 @@ class _Package(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        homes = [
-            importlib.import_module(f"{self.__name__}.{home}") for home in ("gauge", "balance", "pairs", "transform")
-        ]
+        homes = [importlib.import_module(f"{self.__name__}.{home}") for home in _HOMES]
         vars(self).update((public, vars(home)[public]) for home in homes for public in __all__ if public in vars(home))
         return vars(self)[name]
 

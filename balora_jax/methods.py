@@ -60,12 +60,14 @@ class BalanceSettings:
             models it pays (experiments/gauges).
         every: steps between projections.
         start_step: number of first steps without.
+        least_ratio: share of the larger factor's norm that the smaller one must have first.
     """
 
     gauge: Gauge = "svd"
     transport: bool = True
     every: int = 1
     start_step: int = 0
+    least_ratio: float = 0.0
 
 
 @dataclass(frozen=True)

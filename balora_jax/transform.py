@@ -1,32 +1,43 @@
 """The balanced projection as optax transformations: after an optimizer in a chain, or around it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from balora_jax.balance import Balanced, changed_pairs, working_dtype
 from balora_jax.gauge import Gauge, Route, check_gauge, check_route
-from balora_jax.pairs import Pairs, find_pairs, read_pairs, write_pairs
+from balora_jax.pairs import Pairs, find_pairs
+from balora_jax.projection import Fate, counts, disturbed, project
 from balora_jax.transport import check_movable, move_state
 
 
 class BaloraProjectState(NamedTuple):
-    """State of `balora_project`.
+    """State of `balora_project`. The numbers are of the last projection, but `disturbed` sums up all updates.
 
     Attributes:
         count: int32, number of updates so far.
-        untouched: int32, pairs that the last projection left as they came: their product lacks rank (a fresh `B = 0`,
-            say), or they are so far from balance that an update, which is added to the parameters in their dtype, could
-            not carry them there without losing a third of the product's digits.
-        nonfinite: int32, pairs that it left as they came because they hold a NaN or an infinity.
+        untouched: int32, pairs that were left as they came: their product lacks rank (a fresh `B = 0`, say), or they
+            are so far from balance that an update, which is added to the parameters in their dtype, could not carry
+            them there without losing a third of the product's digits.
+        nonfinite: int32, pairs that were left because they hold a NaN or an infinity.
+        waiting: int32, pairs that were left because one factor is still zero, or too small beside the other, see
+            `least_ratio`.
+        frozen: int32, pairs that were left because one factor has no update, though its partner is not zero: it is
+            taken to be frozen, and balancing would move it.
+        disturbed: int32, how often a pair that an update left balanced did not come back so: something after the
+            projection, in the chain or around it, changes its updates, or the parameters were set by hand.
+        balanced: `(pairs)` bool, those that the last update left balanced.
     """
 
     count: jax.Array  # type: ignore[assignment]
     untouched: jax.Array
     nonfinite: jax.Array
+    waiting: jax.Array
+    frozen: jax.Array
+    disturbed: jax.Array
+    balanced: jax.Array
 
 
 def balora_project(
@@ -35,6 +46,7 @@ def balora_project(
     route: Route = "auto",
     every: int = 1,
     start_step: int = 0,
+    least_ratio: float = 0.0,
     pairs: Pairs | None = None,
 ) -> optax.GradientTransformation:
     """Balances every LoRA pair after the step: `params + updates` lies on the set `A^T A = B B^T`.
@@ -48,6 +60,8 @@ def balora_project(
         route: how the r x r work is done, see `balora_jax.balance`.
         every: projects after every `every`-th update only.
         start_step: number of first updates that are not followed by a projection.
+        least_ratio: a pair waits until the Frobenius norm of its smaller factor is at least this share of the larger
+            one's; 0 waits for nothing.
         pairs: names the pairs if their leaves have other names than `find_pairs` knows; see there.
 
     Returns:
@@ -81,10 +95,10 @@ def balora_project(
         >>> bool(balancing_gap(params["lora_a"], params["lora_b"]) < 1e-5)
         True
     """
-    init_fn, project = _projection(gauge, route, every, start_step, pairs, transport=False)
+    init_fn, project_fn = _projection(gauge, route, every, start_step, least_ratio, pairs, transport=False)
 
     def update_fn(updates, state, params=None):
-        updates, state, _ = project(updates, state, params, ())
+        updates, state, _ = project_fn(updates, state, params, ())
         return updates, state
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -110,6 +124,7 @@ def balora(
     route: Route = "auto",
     every: int = 1,
     start_step: int = 0,
+    least_ratio: float = 0.0,
     pairs: Pairs | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer: balances every LoRA pair after its step, and carries its moments along.
@@ -130,6 +145,8 @@ def balora(
         route: how the r x r work is done, see `balora_jax.balance`.
         every: projects after every `every`-th update only.
         start_step: number of first updates that are not followed by a projection.
+        least_ratio: a pair waits until the Frobenius norm of its smaller factor is at least this share of the larger
+            one's; 0 waits for nothing.
         pairs: names the pairs if their leaves have other names than `find_pairs` knows; see there.
 
     Returns:
@@ -161,7 +178,7 @@ def balora(
     """
     if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
         raise TypeError(f"inner must be an optax gradient transformation, got {inner!r}")
-    init_projection, project = _projection(gauge, route, every, start_step, pairs, transport)
+    init_projection, project_fn = _projection(gauge, route, every, start_step, least_ratio, pairs, transport)
     if not isinstance(inner, optax.MultiSteps):  # which passes extra arguments on by itself
         inner = optax.with_extra_args_support(inner)
 
@@ -173,13 +190,59 @@ def balora(
 
     def update_fn(updates, state, params=None, **extra_args):
         updates, moments = inner.update(updates, state.inner, params, **extra_args)
-        updates, projection, moments = project(updates, state.projection, params, moments)
+        updates, projection, moments = project_fn(updates, state.projection, params, moments)
         return updates, BaloraState(moments, projection)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _projection(gauge, route, every, start_step, pairs, transport):
+def projection_states(opt_state: Any) -> list[BaloraProjectState]:
+    """Returns the states of all projections in an optimizer's state."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, BaloraProjectState))
+    return [node for node in nodes if isinstance(node, BaloraProjectState)]
+
+
+def check_projection(opt_state: Any) -> None:
+    """Raises if an optimizer's state tells that balancing was undone, or would have moved a frozen factor.
+
+    Call it now and then in a training loop, outside of `jit`; it looks at a few numbers.
+
+    Args:
+        opt_state: of any optax transformation that holds `balora_project` or `balora`, also of a population.
+
+    Raises:
+        ValueError: pairs were disturbed, or in the last update frozen, see `BaloraProjectState`; or the state holds
+            no projection.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> params = {"lora_a": jnp.eye(6, 2), "lora_b": 3.0 * jnp.eye(2, 5)}
+    >>> tx = optax.chain(balora_project(), optax.adam(1e-1))  # in the wrong order
+    >>> state = tx.init(params)
+    >>> for _ in range(2):
+    ...     updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+    ...     params = optax.apply_updates(params, updates)
+    >>> check_projection(state)
+    Traceback (most recent call last):
+    ValueError: pairs that balora_project had balanced came back unbalanced (1 times): it must be the last...
+    """
+    states = projection_states(opt_state)
+    if not states:
+        raise ValueError("opt_state must hold the state of balora_project or balora, found none")
+    for state in states:
+        if changed := int(jnp.sum(state.disturbed)):
+            raise ValueError(
+                f"pairs that balora_project had balanced came back unbalanced ({changed} times): it must be the last "
+                f"transformation, as in optax.chain(optax.adamw(1e-3), balora_project()), and wrappers that set "
+                f"parameters themselves, as optax.lookahead, go in front of it too"
+            )
+        if frozen := int(jnp.sum(state.frozen)):
+            raise ValueError(
+                f"{frozen} pair{'s' * (frozen > 1)} cannot be balanced, because one of the factors gets no update: "
+                f"balancing moves both, so train both, or take balora_project out"
+            )
+
+
+def _projection(gauge, route, every, start_step, least_ratio, pairs, transport):
     """The two functions behind the transformations: `init(params)`, and `project(updates, state, params, moments)`.
 
     The second returns new updates and state, and the moments, carried along if `transport` says so.
@@ -188,63 +251,55 @@ def _projection(gauge, route, every, start_step, pairs, transport):
     check_route(route, gauge)
     _check_count("every", every, 1)
     _check_count("start_step", start_step, 0)
+    _check_share("least_ratio", least_ratio)
     always = isinstance(every, int) and every == 1 and isinstance(start_step, int) and start_step == 0
     pairs = pairs if pairs is None or callable(pairs) else tuple(pairs)
 
     def init_fn(params):
-        if jax.tree.leaves(params):  # optax also initialises with an empty placeholder
-            find_pairs(params, pairs)
-        return BaloraProjectState(*(jnp.zeros((), jnp.int32) for _ in BaloraProjectState._fields))
+        # optax also initialises with an empty placeholder
+        n = sum(counts(params, find_pairs(params, pairs))) if jax.tree.leaves(params) else 0
+        numbers = {name: jnp.zeros((), jnp.int32) for name in BaloraProjectState._fields if name != "balanced"}
+        return BaloraProjectState(**numbers, balanced=jnp.zeros(n, bool))
 
-    def balanced(updates, moments, params):
-        found = find_pairs(params, pairs)
-        old, steps = read_pairs(params, found), read_pairs(updates, found)
-        moved = [tuple(map(_add_wide, factors, step)) for factors, step in zip(old, steps, strict=True)]
-        new_steps, changes = [], []
-        untouched, nonfinite = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        outcomes = changed_pairs(moved, gauge=gauge, route=route, overwrite=True)
-        for factors, step, new in zip(old, steps, outcomes, strict=True):
-            lost = _rounded_away(new, *(factor.dtype for factor in factors))
-            left = (new.untouched | new.nonfinite | lost)[:, None, None]
-            news = zip(step, (new.lora_a, new.lora_b), factors, strict=True)
-            step_a, step_b = (jnp.where(left, u, (x - p.astype(x.dtype)).astype(u.dtype)) for u, x, p in news)
-            new_steps.append((step_a, step_b))
-            identity = jnp.eye(new.change.shape[-1], dtype=new.change.dtype)[None]
-            changes.append((jnp.where(left, identity, new.change), jnp.where(left, identity, new.inverse_change)))
-            untouched += (new.untouched | lost).sum(dtype=jnp.int32)
-            nonfinite += new.nonfinite.sum(dtype=jnp.int32)
-        if transport:
-            moments = move_state(moments, found, changes)
-        return write_pairs(updates, found, new_steps), moments, untouched, nonfinite
-
-    def project(updates, state, params, moments):
+    def update_fn(updates, state, params, moments):
         if params is None:
             raise ValueError("the projection needs the parameters: call `update(updates, state, params)`")
-        count = optax.safe_increment(state.count)
+        found, count = find_pairs(params, pairs), optax.safe_increment(state.count)
+
+        def projected(updates, moments):
+            new, moving, changes, fate = project(
+                updates, params, found, gauge=gauge, route=route, least_ratio=least_ratio
+            )
+            numbers = {name: getattr(fate, name).sum(dtype=jnp.int32) for name in Fate._fields if name != "balanced"}
+            moments = move_state(moments, moving, changes) if transport else moments
+            return new, moments, state._replace(balanced=fate.balanced, **numbers)
+
+        def as_they_are(updates, moments):
+            return updates, moments, state._replace(balanced=jnp.zeros_like(state.balanced))
+
+        def undone():
+            return disturbed(params, found, state.balanced).sum(dtype=jnp.int32)
+
         if always:
-            updates, moments, untouched, nonfinite = balanced(updates, moments, params)
+            changed = undone()
+            updates, moments, state = projected(updates, moments)
         else:
             due = (count > start_step) & ((count - start_step) % every == 0)
+            changed = jax.lax.cond(state.balanced.any(), undone, lambda: jnp.zeros((), jnp.int32))
+            updates, moments, state = jax.lax.cond(due, projected, as_they_are, updates, moments)
+        return updates, state._replace(count=count, disturbed=state.disturbed + changed), moments
 
-            def unchanged(updates, moments, _):
-                return updates, moments, state.untouched, state.nonfinite
-
-            updates, moments, untouched, nonfinite = jax.lax.cond(due, balanced, unchanged, updates, moments, params)
-        return updates, BaloraProjectState(count, untouched, nonfinite), moments
-
-    return init_fn, project
+    return init_fn, update_fn
 
 
-def _add_wide(param, update):
-    """`param + update` in float32 or wider."""
-    wide = working_dtype(param, update)
-    return param.astype(wide) + update.astype(wide)
-
-
-def _rounded_away(new: Balanced, *dtypes) -> jax.Array:
-    """Whether `old + (new - old)` would cost the product a third of its digits (3e-6 in float32), `(n,)`."""
-    eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
-    return ~(new.cancellation < 0.4 * eps ** (-1 / 3)) & ~new.nonfinite
+def _check_share(name: str, value) -> None:
+    """Raises unless `value` is a number from 0 to 1; a traced one is taken on trust."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number | jax.Array) or np.ndim(value):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be from 0 to 1, got {value}")
 
 
 def _check_count(name: str, value, least: int) -> None:

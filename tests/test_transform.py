@@ -8,7 +8,16 @@ import pytest
 from flax import nnx
 from oracles import assert_same_product, gap, mixed_pair, same_bits
 
-from balora_jax import GAUGES, BaloraProjectState, Pair, balance, balora, balora_project, find_pairs
+from balora_jax import (
+    GAUGES,
+    BaloraProjectState,
+    Pair,
+    balance,
+    balora,
+    balora_project,
+    check_projection,
+    find_pairs,
+)
 from balora_jax.pairs import read_pairs
 
 ROWS, RANK, COLUMNS = 12, 3, 9
@@ -277,7 +286,93 @@ def test_state_maps_over_parameters(wrap):
     tx = optax.chain(optax.adam(1e-2), wrap(balora_project(every=2)))
     state = optax.tree.map_params(tx, lambda leaf: "moment", tx.init(PARAMS))
     assert jax.tree.leaves(state).count("moment") == 2 * len(jax.tree.leaves(PARAMS))
-    assert project_state(state) == BaloraProjectState(0, 0, 0)
+    assert [int(x) for x in project_state(state)[:-1]] == [0] * 6
+
+
+def train_state(tx, params, *, steps):
+    """The parameters and the state of the projection after some steps."""
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(steps):
+        updates, state = update(gradient(params, step), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+# name: (a transformation that holds a projection, whether its pairs stay balanced)
+PLACES = {
+    "last": (optax.chain(optax.adam(1e-2), balora_project()), True),
+    "every third": (optax.chain(optax.adam(1e-2), balora_project(every=3)), True),
+    "in MultiSteps": (optax.MultiSteps(optax.chain(optax.adam(1e-2), balora_project()), 2), True),
+    "before what passes updates on": (optax.chain(optax.adam(1e-2), balora_project(), optax.zero_nans()), True),
+    "first": (optax.chain(balora_project(), optax.adam(1e-2)), False),
+    "first, tiny steps": (optax.chain(balora_project(), optax.adam(1e-5)), False),
+    "before a scaling": (optax.chain(optax.adam(1e-2), balora_project(), optax.scale(0.5)), False),
+    "before weight decay": (optax.chain(optax.adam(1e-2), balora_project(), optax.add_decayed_weights(0.1)), False),
+    "before clipping": (optax.chain(optax.adam(1e-2), balora_project(), optax.clip(1e-3)), False),
+    "every third, before a scaling": (
+        optax.chain(optax.adam(1e-2), balora_project(every=3), optax.scale(0.5)),
+        False,
+    ),
+    "balora, before a scaling": (optax.chain(balora(optax.adam(1e-2)), optax.scale(2.0)), False),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_projection_that_is_undone_is_noticed(place):
+    tx, stays = PLACES[place]
+    _, state = train_state(tx, PARAMS, steps=8)
+    assert (int(project_state(state).disturbed) == 0) == stays
+    if stays:
+        check_projection(state)
+    else:
+        with pytest.raises(ValueError, match=r"came back unbalanced .* must be the last transformation"):
+            check_projection(state)
+
+
+def test_a_frozen_factor_is_never_moved():
+    frozen = {"A": optax.set_to_zero(), "B": optax.adamw(1e-2), "rest": optax.adamw(1e-2)}
+    for params in (PARAMS, fresh()):
+        new, state = train_state(optax.chain(optax.partition(frozen, LABELS), balora_project()), params, steps=3)
+        for pair in ("up", "down"):
+            assert same_bits(new[pair]["lora_a"], params[pair]["lora_a"])
+            assert not same_bits(new[pair]["lora_b"], params[pair]["lora_b"])
+        assert int(project_state(state).frozen) == 2
+        with pytest.raises(ValueError, match="2 pairs cannot be balanced, because one of the factors gets no update"):
+            check_projection(state)
+
+
+def test_check_projection_wants_a_projection():
+    with pytest.raises(ValueError, match="must hold the state of balora_project or balora"):
+        check_projection(optax.adam(1e-2).init(PARAMS))
+
+
+@pytest.mark.parametrize("missing", [None, optax.MaskedNode()])
+def test_pairs_without_updates_stay(missing):
+    """As where another transformation has taken their gradients out; also with their moments."""
+    for tx in (balora_project(), balora_project(every=1, start_step=0, pairs=find_pairs), balora(optax.identity())):
+        updates = gradient(PARAMS)
+        expected, _ = tx.update(updates, tx.init(PARAMS), PARAMS)
+        updates["down"] = {**updates["down"], "lora_a": missing, "lora_b": missing}
+        found, state = tx.update(updates, tx.init(PARAMS), PARAMS)
+        assert found["down"]["lora_a"] is missing
+        assert found["down"]["lora_b"] is missing
+        np.testing.assert_allclose(found["up"]["lora_a"], expected["up"]["lora_a"], rtol=1e-5, atol=1e-6)
+        assert project_state(state).balanced.tolist() == [False, True]
+        updates["down"]["lora_b"] = PARAMS["down"]["lora_b"]
+        with pytest.raises(ValueError, match="updates hold none for down/lora_a, but one for its partner down/lora_b"):
+            tx.update(updates, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize(("least_ratio", "waiting"), [(0.0, 0), (0.1, 1), (0.5, 2), (1.0, 2)])
+def test_small_factors_wait(least_ratio, waiting):
+    (a, c), (b, d) = mixed_pair(ROWS, RANK, COLUMNS, leading=(2,))
+    ratios = jnp.asarray([0.02, 0.3])[:, None, None]
+    stack = [x / jnp.linalg.norm(x, axis=(1, 2), keepdims=True) for x in (jnp.stack([a, c]), jnp.stack([b, d]))]
+    params = {"lora_a": jnp.float32(stack[0]), "lora_b": jnp.float32(stack[1] * ratios)}
+    tx = balora_project(least_ratio=least_ratio)
+    updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    assert int(state.waiting) == waiting
+    assert [not jnp.any(updates["lora_a"][i]) for i in range(2)] == [waiting > 0, waiting > 1]
 
 
 def fresh():
@@ -343,6 +438,8 @@ def test_a_nonfinite_pair_is_counted_and_harms_no_other(value):
         ({"every": jnp.float32(2)}, TypeError, "every must be an integer, got dtype float32"),
         ({"start_step": -1}, ValueError, "start_step must be at least 0, got -1"),
         ({"start_step": None}, TypeError, "start_step must be an integer, got None"),
+        ({"least_ratio": -0.1}, ValueError, "least_ratio must be from 0 to 1, got -0.1"),
+        ({"least_ratio": "half"}, TypeError, "least_ratio must be a number, got 'half'"),
         ({"gauge": "polar"}, ValueError, "gauge must be one of .*'polar'"),
     ],
 )

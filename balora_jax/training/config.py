@@ -29,6 +29,7 @@ NUMERIC_FIELDS = (
     "optimizer.b1",
     "optimizer.b2",
     "optimizer.eps",
+    "balance.least_ratio",
 )
 """Fields that are numbers in a run's state: runs that differ in nothing else are trained together."""
 
@@ -275,6 +276,8 @@ def check(config: Config) -> None:
     for name in ("optimizer.b1", "optimizer.b2", "adapter.dropout"):
         if not 0 <= get_field(config, name) < 1:
             raise ConfigError(f"{name} must be at least 0 and below 1, got {get_field(config, name)}")
+    if not 0 <= config.balance.least_ratio <= 1:
+        raise ConfigError(f"balance.least_ratio must be from 0 to 1, got {config.balance.least_ratio}")
     if config.optimizer.warmup_steps >= config.training.steps:
         raise ConfigError(
             f"optimizer.warmup_steps must be below training.steps ({config.training.steps}), "

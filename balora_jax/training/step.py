@@ -32,8 +32,11 @@ from balora_jax.models import Decoder
 from balora_jax.models.cross_entropy import token_cross_entropy
 from balora_jax.pairs import find_pairs, read_pairs
 from balora_jax.training.config import NUMERIC_FIELDS, Config, get_field, with_field
+from balora_jax.transform import projection_states
 
 Batch = dict[str, jax.Array]
+
+_PROJECTION_COUNTS = ("untouched", "nonfinite", "waiting", "frozen", "disturbed")
 
 
 class TrainState(NamedTuple):
@@ -296,12 +299,10 @@ def _no_factors(key, weight, rank, scale):
 
 
 def _balance_metrics(state: TrainState) -> dict[str, jax.Array]:
-    """Balancing gaps over the pairs, and how many pairs the projection left untouched, if there is one."""
+    """Balancing gaps over the pairs, and what the projection counts, if there is one."""
     pairs = find_pairs(state.adapters)
     gaps = jnp.concatenate([balancing_gap(*factors) for factors in read_pairs(state.adapters, pairs)])
     metrics = {"gap_mean": gaps.mean(), "gap_worst": gaps.max()}
-    for name in ("untouched", "nonfinite"):
-        count = optax.tree.get(state.opt_state, name)
-        if count is not None:
-            metrics[name] = count
+    for projection in projection_states(state.opt_state):
+        metrics |= {name: getattr(projection, name) for name in _PROJECTION_COUNTS}
     return metrics
