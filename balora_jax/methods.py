@@ -60,14 +60,14 @@ class BalanceSettings:
             models it pays (experiments/gauges).
         every: steps between projections.
         start_step: number of first steps without.
-        least_ratio: share of the larger factor's norm that the smaller one must have first.
+        least_ratio: share of the larger factor's norm that the smaller one must have first; the paper waits for nothing.
     """
 
     gauge: Gauge = "svd"
     transport: bool = True
     every: int = 1
     start_step: int = 0
-    least_ratio: float = 0.0
+    least_ratio: float = 0.03
 
 
 @dataclass(frozen=True)

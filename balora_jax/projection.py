@@ -13,19 +13,20 @@ from balora_jax.trees import is_masked, leaves_by_path, path_text
 
 
 class Fate(NamedTuple):
-    """What became of n pairs, `(n)` bool each; exactly one is true of every pair that has updates.
+    """What became of n pairs, `(n)` bool each.
 
     Attributes:
         balanced: it was balanced.
-        untouched: it was left: its product lacks rank, or it is too far from balance to be carried there by an update.
         nonfinite: it was left: it holds a NaN or an infinity.
-        waiting: it was left: one factor is still too small beside the other, or zero.
-        frozen: it was left: one factor has no update, though its partner is not zero, and is taken to be frozen.
+        untouched: it was left for another reason: its product lacks rank, it is too far from balance to be carried
+            there by an update, or one of the next two.
+        waiting: one factor is still too small beside the other, or zero.
+        frozen: one factor has no update, though its partner is not zero, and is taken to be frozen.
     """
 
     balanced: jax.Array
-    untouched: jax.Array
     nonfinite: jax.Array
+    untouched: jax.Array
     waiting: jax.Array
     frozen: jax.Array
 
@@ -79,7 +80,7 @@ def balance_tree(params: Any, *, pairs: Pairs | None = None, gauge: Gauge = "svd
 
 
 def project(
-    updates: Any, params: Any, pairs: Sequence[Pair], *, gauge: str, route: str, least_ratio: float
+    updates: Any, params: Any, pairs: Sequence[Pair], *, gauge: str, route: str, least_ratio: jax.typing.ArrayLike
 ) -> Projected:
     """Returns updates that lead to the balanced pairs of `params + updates`.
 
@@ -148,20 +149,16 @@ def _with_updates(pairs: Sequence[Pair], updates: Any) -> list[Pair]:
     return [pair for pair in pairs if pair.path_a in present]
 
 
-def _fate(new: Balanced, factors, step, sums, least_ratio: float) -> Fate:
+def _fate(new: Balanced, factors, step, sums, least_ratio: jax.typing.ArrayLike) -> Fate:
     """What becomes of stacked pairs that balancing would take to `new`."""
     moves_a, moves_b, has_a, has_b = ((x != 0).any((1, 2)) for x in (*step, *factors))
     # at the start of an adapter too: there the gradient of a factor is zero because its partner is
     still = moves_a != moves_b
-    frozen = still & jnp.where(moves_a, has_a, has_b)
+    frozen = still & jnp.where(moves_a, has_a, has_b) & ~new.nonfinite
     lost = new.untouched | _rounded_away(new, *factors)
-    nonfinite, frozen, untouched, waiting = _first(new.nonfinite, frozen, lost, still | _waits(sums, least_ratio))
-    return Fate(~(nonfinite | untouched | frozen | waiting), untouched, nonfinite, waiting, frozen)
-
-
-def _first(*reasons: jax.Array) -> list[jax.Array]:
-    """Each reason, where none before it holds."""
-    return [reason & ~jnp.stack([jnp.zeros_like(reason), *reasons[:i]]).any(0) for i, reason in enumerate(reasons)]
+    waiting = (still | _waits(sums, least_ratio)) & ~(frozen | lost | new.nonfinite)
+    untouched = (frozen | lost | waiting) & ~new.nonfinite
+    return Fate(~(untouched | new.nonfinite), new.nonfinite, untouched, waiting, frozen)
 
 
 def _no_fate(n: int) -> Fate:
@@ -174,7 +171,7 @@ def _rounded_away(new: Balanced, *factors) -> jax.Array:
     return ~(new.cancellation < 0.4 * max(map(_eps, factors)) ** (-1 / 3))
 
 
-def _waits(sums, least_ratio: float) -> jax.Array:
+def _waits(sums, least_ratio: jax.typing.ArrayLike) -> jax.Array:
     """Whether the smaller factor's norm is below this share of the larger one's, `(n,)`."""
     if isinstance(least_ratio, int | float) and least_ratio == 0:
         return jnp.zeros(len(sums[0]), bool)

@@ -20,7 +20,7 @@ class BaloraProjectState(NamedTuple):
         count: int32, number of updates so far.
         untouched: int32, pairs that were left as they came: their product lacks rank (a fresh `B = 0`, say), or they
             are so far from balance that an update, which is added to the parameters in their dtype, could not carry
-            them there without losing a third of the product's digits.
+            them there without losing a third of the product's digits; or they are waiting or frozen.
         nonfinite: int32, pairs that were left because they hold a NaN or an infinity.
         waiting: int32, pairs that were left because one factor is still zero, or too small beside the other, see
             `least_ratio`.
@@ -46,7 +46,7 @@ def balora_project(
     route: Route = "auto",
     every: int = 1,
     start_step: int = 0,
-    least_ratio: float = 0.0,
+    least_ratio: float = 0.03,
     pairs: Pairs | None = None,
 ) -> optax.GradientTransformation:
     """Balances every LoRA pair after the step: `params + updates` lies on the set `A^T A = B B^T`.
@@ -61,7 +61,8 @@ def balora_project(
         every: projects after every `every`-th update only.
         start_step: number of first updates that are not followed by a projection.
         least_ratio: a pair waits until the Frobenius norm of its smaller factor is at least this share of the larger
-            one's; 0 waits for nothing.
+            one's; 0 waits for nothing. A fresh B is tiny, and balancing makes A as small at once: optimizers that adapt
+            to the size of the parameters, as prodigy, can stay there for ever (experiments/optimizers).
         pairs: names the pairs if their leaves have other names than `find_pairs` knows; see there.
 
     Returns:
@@ -124,7 +125,7 @@ def balora(
     route: Route = "auto",
     every: int = 1,
     start_step: int = 0,
-    least_ratio: float = 0.0,
+    least_ratio: float = 0.03,
     pairs: Pairs | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer: balances every LoRA pair after its step, and carries its moments along.
@@ -146,7 +147,8 @@ def balora(
         every: projects after every `every`-th update only.
         start_step: number of first updates that are not followed by a projection.
         least_ratio: a pair waits until the Frobenius norm of its smaller factor is at least this share of the larger
-            one's; 0 waits for nothing.
+            one's; 0 waits for nothing. A fresh B is tiny, and balancing makes A as small at once: optimizers that adapt
+            to the size of the parameters, as prodigy, can stay there for ever (experiments/optimizers).
         pairs: names the pairs if their leaves have other names than `find_pairs` knows; see there.
 
     Returns:

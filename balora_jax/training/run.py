@@ -47,6 +47,7 @@ from balora_jax.training.interruption import Interrupted, Interruptions
 from balora_jax.training.progress import TrainingProgress
 from balora_jax.training.records import RunDirectory, RunError
 from balora_jax.training.step import Program, TrainState
+from balora_jax.transform import check_projection, projection_states
 
 Members = dict[str, Config]
 
@@ -210,6 +211,7 @@ class Trainer:
                 saving = step == settings.steps or step % settings.checkpoint_every == 0
                 if evaluating or saving or stopping or step % settings.log_every == 0:
                     loss = self._record_steps(waiting)
+                    self._check_balance(state)
                     progress.update(step, loss, tokens)
                     waiting, tokens = [], 0
                 if evaluating:
@@ -242,6 +244,14 @@ class Trainer:
                 records.append(record)
         self._directory.append(records)
         return float(np.nanmedian(np.where(np.isfinite(values["loss"]), values["loss"], np.nan)))
+
+    def _check_balance(self, state: TrainState) -> None:
+        """Raises if the optimizer of a method undoes the balancing of its pairs."""
+        if projection_states(state.opt_state):
+            try:
+                check_projection(state.opt_state)
+            except ValueError as error:
+                raise RunError(f"{self._name}: {error}") from error
 
     def _check_start(self, losses: Any, what: str) -> None:
         """Raises if a loss that comes before the first update is not finite: there is nothing to train from."""

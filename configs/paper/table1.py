@@ -35,7 +35,7 @@ config = Config(
     name="table1",
     model=ModelSettings(path="Qwen/Qwen2.5-3B", dtype="bfloat16", param_dtype="bfloat16", remat=True),
     adapter=AdapterSettings(rank=8, alpha=8.0),
-    balance=BalanceSettings(gauge="raw_svd", transport=False),
+    balance=BalanceSettings(gauge="raw_svd", transport=False, least_ratio=0.0),
     data=DataSettings(
         recipe="alpaca",
         tokenizer="Qwen/Qwen2.5-3B-Instruct",

@@ -30,7 +30,7 @@ config = Config(
     name="table4",
     model=ModelSettings(path="meta-llama/Llama-3.2-3B", dtype="bfloat16", param_dtype="bfloat16", remat=True),
     adapter=AdapterSettings(rank=8, alpha=8.0),
-    balance=BalanceSettings(gauge="raw_svd", transport=False),
+    balance=BalanceSettings(gauge="raw_svd", transport=False, least_ratio=0.0),
     data=DataSettings(
         recipe="wikitext", train_examples=None, eval_examples=None, eval_split="test", length=1024, packing=False
     ),

@@ -30,7 +30,7 @@ config = Config(
     name="table5",
     model=ModelSettings(path="Qwen/Qwen2.5-3B", dtype="bfloat16", param_dtype="bfloat16", remat=True),
     adapter=AdapterSettings(rank=8, alpha=8.0),
-    balance=BalanceSettings(gauge="raw_svd", transport=False),
+    balance=BalanceSettings(gauge="raw_svd", transport=False, least_ratio=0.0),
     data=DataSettings(recipe="metamathqa", train_examples=100_000, eval_examples=1000, length=1024, packing=False),
     training=TrainingSettings(
         steps=100_000 // 32,

@@ -22,7 +22,7 @@ config = Config(
     name="table6",
     model=ModelSettings(path="meta-llama/Llama-3.2-3B", dtype="bfloat16", param_dtype="bfloat16", remat=True),
     adapter=AdapterSettings(rank=8, alpha=16.0),
-    balance=BalanceSettings(gauge="raw_svd", transport=False),
+    balance=BalanceSettings(gauge="raw_svd", transport=False, least_ratio=0.0),
     data=DataSettings(recipe="gsm8k", train_examples=None, eval_examples=None, length=128, packing=False),
     training=TrainingSettings(steps=10, batch_size=8, eval_every=10, eval_batch_size=8),
 )

@@ -34,7 +34,7 @@ config = Config(
     name="table7",
     model=ModelSettings(path="Qwen/Qwen2.5-3B", dtype="bfloat16", param_dtype="bfloat16", remat=True),
     adapter=AdapterSettings(rank=8),
-    balance=BalanceSettings(gauge="raw_svd", transport=False),
+    balance=BalanceSettings(gauge="raw_svd", transport=False, least_ratio=0.0),
     data=DataSettings(
         recipe="dm_mathematics",
         path="mathematics_dataset-v1.0",

@@ -27,7 +27,7 @@ config = Config(
     name="table8",
     model=ModelSettings(path="Qwen/Qwen2.5-3B", dtype="bfloat16", param_dtype="bfloat16", remat=True),
     adapter=AdapterSettings(rank=8),
-    balance=BalanceSettings(gauge="raw_svd", transport=False),
+    balance=BalanceSettings(gauge="raw_svd", transport=False, least_ratio=0.0),
     data=DataSettings(recipe="arxiv", train_examples=100_000, eval_examples=200, length=1024),
     training=TrainingSettings(
         steps=10**9 // (8 * 4 * 1024),
