@@ -60,7 +60,7 @@ class BalanceSettings:
             models it pays (experiments/gauges).
         every: steps between projections.
         start_step: number of first steps without.
-        least_ratio: share of the larger factor's norm that the smaller one must have first; the paper waits for nothing.
+        least_ratio: share of the larger factor's norm that the smaller one must have; the paper waits for nothing.
     """
 
     gauge: Gauge = "svd"

@@ -104,7 +104,7 @@ def final_loss(tx: optax.GradientTransformation, seed: jax.typing.ArrayLike, ste
 def best(losses: np.ndarray) -> dict:
     """The best rate for losses `(rates, seeds)`: its median, quartiles, and how many of all runs diverged."""
     losses = np.where(np.isfinite(losses), losses, np.inf)
-    low, median, high = np.quantile(losses, (0.25, 0.5, 0.75), axis=1, method="median_unbiased")
+    low, median, high = np.quantile(losses, (0.25, 0.5, 0.75), axis=1, method="nearest")
     i = int(median.argmin())
     return {
         "rate": RATES[i],
