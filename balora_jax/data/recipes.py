@@ -86,6 +86,8 @@ def load(settings: DataSettings) -> Splits:
         near = difflib.get_close_matches(settings.recipe, RECIPES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"data.recipe must be one of {', '.join(RECIPES)}, got {settings.recipe!r}{hint}")
+    if twice := [name for name in settings.modules if settings.modules.count(name) > 1]:
+        raise ValueError(f"data.modules must name each module once, got {twice[0]!r} more often")
     splits = RECIPES[settings.recipe](settings)
     train, repeated = _without_prompts_of(splits.evaluation, splits.train)
     left_out = {**splits.left_out, "training examples that are also evaluation examples": repeated}

@@ -292,10 +292,9 @@ def check(config: Config) -> None:
         raise ConfigError(f"optimizer.clip_norm must be positive or None, got {config.optimizer.clip_norm}")
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"seed must be from 0 to 2**32 - 1, got {config.seed}")
-    for name in ("options", "data.modules"):
-        entries = [entry[0] if name == "options" else entry for entry in get_field(config, name)]
-        if twice := [entry for entry in entries if entries.count(entry) > 1]:
-            raise ConfigError(f"{name} must name everything once, got {twice[0]!r} {entries.count(twice[0])} times")
+    names = [name for name, _ in config.options]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"options must name each option once, got {twice[0]!r} {names.count(twice[0])} times")
     try:
         method = get_method(config.method)
         scale = adapter_scale(config.adapter.alpha, config.adapter.rank, method.scaling)

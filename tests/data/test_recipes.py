@@ -450,6 +450,7 @@ def test_interrupted_work_goes_on_at_its_shard(tmp_path, cache, monkeypatch):
         ({"path": "rows.jsonl", "eval_examples": 12}, ValueError, r"number below that of the rows \(12\).*got 12"),
         ({"path": "rows.jsonl", "recipe": "alpaca"}, ValueError, "must have the column 'instruction', got .*query"),
         ({"path": "rows.jsonl", "modules": ("GSM",)}, ValueError, "must be empty for metamathqa, got 'GSM'"),
+        ({"recipe": "arc", "modules": ("ARC-Easy", "ARC-Easy")}, ValueError, "each module once, got 'ARC-Easy' more"),
         ({"recipe": "arc", "modules": ("arc",)}, ValueError, "among ARC-Challenge, ARC-Easy for arc, got 'arc'"),
         ({"recipe": "arc", "path": "empty", "modules": ("ARC-Easy",)}, FileNotFoundError, "hold the folders ARC-Easy"),
         ({"recipe": "openhermes", "path": "turns.json"}, ValueError, "must be from one of system, human.* got 'tool'"),
