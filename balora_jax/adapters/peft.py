@@ -344,11 +344,17 @@ def write_peft(adapter: PeftAdapter, folder: str | Path) -> None:
     Args:
         adapter: what to write.
         folder: is made if it does not exist.
+
+    Raises:
+        ValueError: a factor is not finite.
     """
+    tensors = {name: np.asarray(tensor, order="C") for name, tensor in adapter.tensors.items()}
+    for name, tensor in tensors.items():
+        if ".lora_" in name and not np.isfinite(tensor).all():
+            raise ValueError(f"the tensor {name} must be finite to be written, got a NaN or an infinity")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(dict(adapter.config), indent=2) + "\n")
-    tensors = {name: np.asarray(tensor, order="C") for name, tensor in adapter.tensors.items()}
     save_file(tensors, folder / TENSOR_FILE, metadata=dict(adapter.metadata))
 
 

@@ -56,7 +56,8 @@ def main(arguments: list[str]) -> int:
                 f"{config.method} cannot be a PEFT adapter ({error}); --merged adds it to the base"
             ) from error
         with whole_folder(options.out) as folder:
-            write_peft(adapter, folder)
+            with explained("OUT"):
+                write_peft(adapter, folder)
             if tokenizer is not None and tokenizer_files(tokenizer):
                 copy_tokenizer(tokenizer, folder)
                 notes.append(f"with the tokenizer of {config.data.tokenizer}, which it was trained with")

@@ -115,6 +115,15 @@ def test_round_trip_keeps_the_logits(layer, start, scaling, tmp_path):
         np.testing.assert_array_equal(rewritten.tensors[name], tensor)
 
 
+def test_factors_that_are_not_finite_are_not_written(tmp_path):
+    model = adapted()
+    factor = dict(iter_adapters(model))["layers.mlp.down_proj"].lora_b
+    factor[...] = factor[...].at[1, 0, 0].set(jnp.inf)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.lora_B\.weight must be finite to be written"):
+        write_peft(export_adapters(model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_ranks_and_scales_that_differ_between_stacked_layers_are_exact():
     rng = np.random.default_rng(0)
     modules = {
