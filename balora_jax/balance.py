@@ -90,12 +90,12 @@ def balance(
     Notes:
         Costs O((a + b) r^2) per pair, almost all of it in four matrix products. Factors are read and written in float32
         or wider; half-precision ones lose about three digits of balance when the result is rounded back. On CPUs and
-        GPUs a float32 pair keeps its product to about 3e-7, and its balancing gap is as small, up to condition numbers
-        of both factors of 1e6; where float32 cannot give this, products of these factors are computed in float64. Two
-        limits: where one factor alone is ill-conditioned, float32 factors cannot be that close to balance, the gap is
-        about 1e-6 at condition 1e4 and 1e-5 at 1e5; and where a well-conditioned product comes in factors of condition
-        1e6 the gap is about 5e-5 (4e-8 at 1e5), and a second call brings it to rounding. On TPUs, which lack float64,
-        all this holds up to condition numbers of about 100; pairs beyond are left as they are.
+        GPUs a float32 pair keeps its product to about 3e-7, and its balancing gap is as small, at scales from 1e-20 to
+        1e18 and up to condition numbers of both factors of 1e6, in every gauge; where float32 cannot give this,
+        products of these factors are computed in float64. One limit: where a well-conditioned product comes in factors
+        of condition 1e6 the gap is about 5e-5 (4e-8 at 1e5), and a second call brings it to rounding. On TPUs, which
+        lack float64, scales are as free, but pairs with condition numbers above about 100 have gaps of up to 1e-3, or
+        are left as they are.
 
     Source: arXiv 2605.31484 (the projection onto the hyper-balanced set).
 

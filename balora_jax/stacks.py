@@ -31,8 +31,9 @@ _TRUSTED_GROWTH = 4.0
 _TRUSTED_CONDITION = 200.0
 # Gram matrices of columns within these norms neither overflow in float32 nor lose digits to underflow.
 _SAFE_NORMS = (1e-13, 1e13)
-# A change that costs the product more than so many roundings is applied in the wider dtype.
-_ROUGH_DAMAGE = 2.0
+# Gauges whose pairs are not hyper-balanced, and the condition number up to which float32 Gram matrices do for them.
+_ROTATED = ("nearest", "symmetric")
+_ROTATED_CONDITION = 20.0
 
 
 def _product(left, right):
@@ -126,7 +127,9 @@ def _balanced(lefts, rights, gauge, route, wide, precision, *, overwrite=False, 
     dtype = lefts[0].dtype
     gram_a = jnp.concatenate([_gram(a, 0) for a in lefts]).astype(wide)
     gram_b = jnp.concatenate([_gram(b, 1) for b in rights]).astype(wide)
-    change, trusted = _trusted_change(gram_a, gram_b, gauge, route, dtype)
+    safe = _safe(gram_a) & _safe(gram_b)
+    gram_a, gram_b = _at_one_scale(gram_a, gram_b)
+    change, trusted = _trusted_change(gram_a, gram_b, safe, gauge, route, dtype)
     cancellation = _cancellation(change, gram_a, gram_b)
     if gauge != "raw_svd":
         settled = _settled(gram_a, gram_b, gauge, float(jnp.finfo(precision).eps))
@@ -191,38 +194,63 @@ def _wide_products(target_a, target_b, left, right, forward, inverse):
     return lax.fori_loop(0, -(-rank // width), part, (target_a, target_b))
 
 
-def _trusted_change(gram_a, gram_b, gauge, route, dtype):
+def _trusted_change(gram_a, gram_b, safe, gauge, route, dtype):
     """The change of gauge from Gram matrices of the precision `dtype`, and for which pairs these were good enough."""
 
-    def judged(change, gram_a, gram_b):
+    def judged(change, gram_a, gram_b, safe):
         growth, condition, _ = _errors(change, gram_a, gram_b)
-        trusted = change.found & (growth < _TRUSTED_GROWTH) & (condition < _TRUSTED_CONDITION)
-        return trusted & _safe(gram_a) & _safe(gram_b)
+        most = _ROTATED_CONDITION if gauge in _ROTATED else _TRUSTED_CONDITION
+        return change.found & (growth < _TRUSTED_GROWTH) & (condition < most) & safe
 
-    def exact(gram_a, gram_b):
+    def exact(gram_a, gram_b, safe):
         change = exact_change(gram_a, gram_b)
-        trusted = judged(change, gram_a, gram_b)
+        trusted = judged(change, gram_a, gram_b, safe)
         return turned(change, rotation(change, gram_a, gram_b, gauge)), trusted
 
-    def iterative(gram_a, gram_b):
-        change = iterative_change(gram_a.astype(dtype), gram_b.astype(dtype))
+    def iterative(gram_a, gram_b, safe):
+        scaled, powers = _near_one(gram_a, gram_b)
+        change = iterative_change(*(gram.astype(dtype) for gram in scaled))
         change = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(gram_a.dtype), change)
+        change = _of_unscaled(change, powers)
 
         def one_exactly(carry):
             todo, *outcome = carry
             i = jnp.where(todo, jnp.arange(todo.shape[0]), todo.shape[0]).min()  # the first one left
-            one = exact(*(lax.dynamic_slice_in_dim(gram, i, 1) for gram in (gram_a, gram_b)))
+            one = exact(*(lax.dynamic_slice_in_dim(x, i, 1) for x in (gram_a, gram_b, safe)))
             outcome = jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, i, 0), tuple(outcome), one)
             return todo.at[i].set(False), *outcome
 
-        trusted = judged(change, gram_a, gram_b)
+        trusted = judged(change, gram_a, gram_b, safe)
         return lax.while_loop(lambda carry: carry[0].any(), one_exactly, (~trusted, change, trusted))[1:]
 
     if route == "exact" or gauge != "svd":
-        return exact(gram_a, gram_b)
+        return exact(gram_a, gram_b, safe)
     if route == "iterative":
-        return iterative(gram_a, gram_b)
-    return lax.platform_dependent(gram_a, gram_b, cpu=exact, default=iterative)
+        return iterative(gram_a, gram_b, safe)
+    return lax.platform_dependent(gram_a, gram_b, safe, cpu=exact, default=iterative)
+
+
+def _near_one(gram_a, gram_b):
+    """The Gram matrices of pairs `(2^-i A, 2^-j B)` whose longest columns are about 1, and the exponents i and j.
+
+    Squares of the entries of these neither overflow nor underflow. The exponents are both even, so that half of their
+    difference is exact.
+    """
+    powers = []
+    for gram in (gram_a, gram_b):
+        longest = column_norms(gram).max(1)
+        usable = jnp.isfinite(longest) & (longest > 0)
+        powers.append(2 * (jnp.frexp(jnp.where(usable, longest, 1))[1] // 2))
+    scaled = [jnp.ldexp(gram, -2 * power[:, None, None]) for gram, power in zip((gram_a, gram_b), powers, strict=True)]
+    return scaled, powers
+
+
+def _of_unscaled(change, powers):
+    """The change of gauge for pairs, from the one for the pairs that `_near_one` made of them."""
+    i, j = powers
+    half = ((j - i) // 2)[:, None, None]
+    forward, inverse = jnp.ldexp(change.forward, half), jnp.ldexp(change.inverse, -half)
+    return change._replace(forward=forward, inverse=inverse, values=jnp.ldexp(change.values, (i + j)[:, None]))
 
 
 def _settled(gram_a, gram_b, gauge, eps):
@@ -253,20 +281,20 @@ def _careful_change(lefts, rights, trusted, change, cancellation, gauge, precisi
     eps, tiny = float(jnp.finfo(precision).eps), float(jnp.finfo(precision).tiny)
 
     def grams(left, right):
-        return _gram(left.astype(wide), 0), _gram(right.astype(wide), 1)
+        left, right, power = _at_scale_one(left.astype(wide), right.astype(wide))
+        return _gram(left, 0), _gram(right, 1), power
 
     def nothing(left, _):
         rank = left.shape[-1]
         identity = jnp.broadcast_to(jnp.eye(rank, dtype=wide)[None], (left.shape[0], rank, rank))
-        return identity, identity
+        return identity, identity, jnp.zeros(left.shape[0], wide)
 
     parts = [
         lax.cond(part.all(), nothing, grams, left, right)
         for part, left, right in zip(split(trusted, lefts), lefts, rights, strict=True)
     ]
-    gram_a, gram_b = (jnp.concatenate(part) for part in zip(*parts, strict=True))
-    norms = column_norms(gram_a), column_norms(gram_b)
-    nonfinite = ~trusted & ~(jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])).all(1)
+    gram_a, gram_b, power = (jnp.concatenate(part) for part in zip(*parts, strict=True))
+    nonfinite = ~trusted & ~jnp.isfinite(power)
     careful = exact_change(gram_a, gram_b)
     _, condition, damage = _errors(careful, gram_a, gram_b)
     # numbers that the precision can hold to all their digits
@@ -274,7 +302,7 @@ def _careful_change(lefts, rights, trusted, change, cancellation, gauge, precisi
         [
             jnp.abs(careful.forward).max(2).min(1),
             jnp.abs(careful.inverse).max(1).min(1),
-            jnp.sqrt(careful.values.max(1)),
+            jnp.ldexp(jnp.sqrt(careful.values.max(1)), jnp.where(nonfinite, 0, power).astype(jnp.int32)),
         ]
     )
     held = ((extent > tiny / eps) & (extent < eps / tiny)).all(0)
@@ -282,8 +310,32 @@ def _careful_change(lefts, rights, trusted, change, cancellation, gauge, precisi
     careful = turned(careful, rotation(careful, gram_a, gram_b, gauge))
     cancellation = jnp.where(trusted, cancellation, _cancellation(careful, gram_a, gram_b))
     careful = chosen(found, careful, identity_change(gram_a))
-    rough = ~trusted & found & (damage > _ROUGH_DAMAGE)
+    rough = ~trusted & found  # large terms may cancel in `A T`, and more so where T is rotated
     return chosen(trusted, change, careful), cancellation, ~(trusted | found | nonfinite), nonfinite, rough
+
+
+def _at_scale_one(left, right):
+    """Pairs `(2^-k A, 2^-k B)` with largest entries around 1, which have the same change of gauge, and k `(n)`.
+
+    k is an infinity where a pair holds a NaN or an infinity.
+    """
+    largest_a, largest_b = (jnp.abs(x).max((1, 2)) for x in (left, right))
+    finite = jnp.isfinite(largest_a) & jnp.isfinite(largest_b)
+    power = _mean_exponent(jnp.where(finite, largest_a, 1), jnp.where(finite, largest_b, 1))
+    left, right = (jnp.ldexp(x, -power[:, None, None]) for x in (left, right))
+    return left, right, jnp.where(finite, power.astype(left.dtype), jnp.inf)
+
+
+def _at_one_scale(gram_a, gram_b):
+    """The Gram matrices of pairs `(c A, c B)` with columns of norms around 1, which have the same change of gauge."""
+    power = _mean_exponent(*(_diagonal_of(gram).max(1) for gram in (gram_a, gram_b)))[:, None, None]
+    return jnp.ldexp(gram_a, -power), jnp.ldexp(gram_b, -power)
+
+
+def _mean_exponent(x, y):
+    """The exponent of two in between those of two numbers; 0 for what is no positive finite number."""
+    exponents = [jnp.frexp(jnp.where((z > 0) & jnp.isfinite(z), z, 1))[1] for z in (x, y)]
+    return (exponents[0] + exponents[1]) // 2
 
 
 def _most_damage(precision, wide):

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from oracles import (
 )
 
 from balora_jax import GAUGES, balance, balance_pair, balancing_gap
+from balora_jax.stacks import _balanced
 
 SHAPES = {"rank 1": (5, 1, 7), "tall": (24, 4, 10), "wide": (8, 8, 40), "square": (48, 32, 48)}
 TALL = SHAPES["tall"]
@@ -34,6 +36,66 @@ def tolerance(dtype):
     """Rounding of the arithmetic, in float32 or wider, and of the result."""
     eps = float(jnp.finfo(dtype).eps)
     return 20 * min(eps, 1.2e-7) + (eps if eps > 1e-6 else 0)
+
+
+KINDS = {  # condition numbers of the two factors and their scales, drawn for each pair
+    "any scale": lambda draw: (2.0, 2.0, *2 * (10 ** draw(-20, 18),)),
+    "scales apart": lambda draw: (2.0, 2.0, 10 ** draw(-9, 9), 10 ** draw(-9, 9)),
+    "huge": lambda draw: (2.0, 2.0, *2 * (10 ** draw(9, 12),)),
+    "A ill-conditioned": lambda draw: (10 ** draw(0, 6), 1.0, 1.0, 1.0),
+    "B ill-conditioned": lambda draw: (1.0, 10 ** draw(0, 6), 1.0, 1.0),
+    "both": lambda draw: (10 ** draw(0, 3), 10 ** draw(0, 3), 10 ** draw(-9, 9), 10 ** draw(-9, 9)),
+}
+WAYS = [("svd", "exact"), ("svd", "iterative"), *((gauge, "auto") for gauge in GAUGES if gauge != "svd")]
+
+
+def drawn_pairs(rows, rank, columns, count=40):
+    """Pairs of every kind in float32, one after the other."""
+    rng = np.random.default_rng(0)
+
+    def factor(size, condition, scale):
+        left, right = (np.linalg.qr(rng.standard_normal((n, rank)))[0] for n in (size, rank))
+        return scale * (left * np.geomspace(1, 1 / condition, rank)) @ right
+
+    pairs = []
+    for kind in KINDS.values():
+        for _ in range(count):
+            condition_a, condition_b, scale_a, scale_b = kind(rng.uniform)
+            pairs.append((factor(rows, condition_a, scale_a), factor(columns, condition_b, scale_b).T))
+    return tuple(np.stack(side).astype(np.float32) for side in zip(*pairs, strict=True))
+
+
+def assert_law(pair, new, left, product, most_gap):
+    """Pairs that were balanced have their products, and are balanced; in float64, at the scale 1."""
+    size_a, size_b = (np.abs(np.asarray(x, float)).max((1, 2), keepdims=True) for x in pair)
+    old_a, old_b = np.asarray(pair[0], float) / size_a, np.asarray(pair[1], float) / size_b
+    new_a, new_b = (np.asarray(x, float) / np.sqrt(size_a * size_b) for x in new)
+    old_product = old_a @ old_b
+    error = np.linalg.norm(new_a @ new_b - old_product, axis=(1, 2)) / np.linalg.norm(old_product, axis=(1, 2))
+    assert error[~left].max() < product
+    assert gap(new_a, new_b)[~left].max() < most_gap
+
+
+@pytest.mark.parametrize(("gauge", "route"), WAYS)
+def test_pairs_of_any_scale_and_condition(gauge, route):
+    pair = drawn_pairs(16, 3, 24)
+    outcome = jax.jit(functools.partial(balance_pair, gauge=gauge, route=route))(*pair)
+    assert not outcome.untouched.any()
+    assert not outcome.nonfinite.any()
+    assert_law(pair, outcome[:2], np.zeros(len(pair[0]), bool), 3e-7, 1e-6)
+
+
+@pytest.mark.parametrize(("gauge", "route"), WAYS)
+def test_pairs_of_any_scale_without_float64(gauge, route):
+    """As on TPUs; there ill-conditioned pairs may be left."""
+    pair = drawn_pairs(16, 3, 24)
+    run = jax.jit(lambda a, b: _balanced([a], [b], gauge, route, jnp.float32, a.dtype))
+    (new_a,), (new_b,), _, _, deficient, nonfinite, _ = run(*pair)
+    left = np.asarray(deficient | nonfinite)
+    scaled = np.arange(len(left)) < len(left) // 2  # the kinds that are well-conditioned
+    assert not left[scaled].any()
+    assert_law(pair, (new_a, new_b), left | ~scaled, 3e-6, 1e-6)
+    assert_law(pair, (new_a, new_b), left, 1e-5, 1e-3)
 
 
 def cosines(pair, new_pair):
