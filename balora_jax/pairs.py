@@ -28,7 +28,7 @@ class Pair:
         transposed: whether the leaves hold `A^T (r, a)` and `B^T (b, r)`, as PEFT's do; None to go by names and shapes.
         batch_axes: which axes, the same in both leaves, stack independent pairs: the number of leading ones, or a tuple
             of axes, `(1,)` for layers that `nn.scan` stacked along axis 1; None to go by names and shapes.
-        rank_axes: the axes of the rank in the two leaves, as `find_pairs` found them.
+        rank_axes: the axes of the rank in the two leaves, counted from their ends, as `find_pairs` found them.
     """
 
     path_a: str | KeyPath
@@ -64,7 +64,7 @@ class Pair:
         if self.rank_axes is None or self.batch_axes is None:
             raise ValueError(f"{self} is not from find_pairs, which says how it is to be read")
         batch = tuple(range(self.batch_axes)) if isinstance(self.batch_axes, int) else self.batch_axes
-        rank = self.rank_axes[side]
+        rank = leaf.ndim + self.rank_axes[side]
         return batch, tuple(i for i in range(leaf.ndim) if i not in (*batch, rank)), rank
 
 
@@ -241,4 +241,5 @@ def _resolved(
             f"{texts[0]} and {texts[1]} {error}. To say how they are to be read give pairs=[{example}, ...], or for "
             f"all pairs at once pairs=lambda params: find_pairs(params, transposed=..., batch_axes=...)"
         ) from None
-    return replace(pair, transposed=reading.transposed, batch_axes=reading.batch_axes, rank_axes=reading.rank_axes)
+    rank_a, rank_b = (axis - len(leaf.shape) for axis, leaf in zip(reading.rank_axes, found, strict=True))
+    return replace(pair, transposed=reading.transposed, batch_axes=reading.batch_axes, rank_axes=(rank_a, rank_b))

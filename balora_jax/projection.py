@@ -100,8 +100,8 @@ def project(
     sums = [tuple(map(_add_wide, factors, step)) for factors, step in zip(old, steps, strict=True)]
     outcomes = changed_pairs(sums, gauge=gauge, route=route, overwrite=True)
     new_steps, changes, fates = [], [], {}
-    for pair, factors, step, both, new in zip(moving, old, steps, sums, outcomes, strict=True):
-        fate = fates[pair.path_a] = _fate(new, factors, step, both, least_ratio)
+    for pair, factors, step, new in zip(moving, old, steps, outcomes, strict=True):
+        fate = fates[pair.path_a] = _fate(new, factors, step, least_ratio)
         balanced = fate.balanced[:, None, None]
         news = zip(step, (new.lora_a, new.lora_b), factors, strict=True)
         new_steps.append(tuple(jnp.where(balanced, (x - p.astype(x.dtype)).astype(u.dtype), u) for u, x, p in news))
@@ -149,14 +149,14 @@ def _with_updates(pairs: Sequence[Pair], updates: Any) -> list[Pair]:
     return [pair for pair in pairs if pair.path_a in present]
 
 
-def _fate(new: Balanced, factors, step, sums, least_ratio: jax.typing.ArrayLike) -> Fate:
+def _fate(new: Balanced, factors, step, least_ratio: jax.typing.ArrayLike) -> Fate:
     """What becomes of stacked pairs that balancing would take to `new`."""
     moves_a, moves_b, has_a, has_b = ((x != 0).any((1, 2)) for x in (*step, *factors))
     # at the start of an adapter too: there the gradient of a factor is zero because its partner is
     still = moves_a != moves_b
     frozen = still & jnp.where(moves_a, has_a, has_b) & ~new.nonfinite
     lost = new.untouched | _rounded_away(new, *factors)
-    waiting = (still | _waits(sums, least_ratio)) & ~(frozen | lost | new.nonfinite)
+    waiting = (still | _waits(factors, step, least_ratio)) & ~(frozen | lost | new.nonfinite)
     untouched = (frozen | lost | waiting) & ~new.nonfinite
     return Fate(~(untouched | new.nonfinite), new.nonfinite, untouched, waiting, frozen)
 
@@ -171,12 +171,18 @@ def _rounded_away(new: Balanced, *factors) -> jax.Array:
     return ~(new.cancellation < 0.4 * max(map(_eps, factors)) ** (-1 / 3))
 
 
-def _waits(sums, least_ratio: jax.typing.ArrayLike) -> jax.Array:
-    """Whether the smaller factor's norm is below this share of the larger one's, `(n,)`."""
+def _waits(factors, step, least_ratio: jax.typing.ArrayLike) -> jax.Array:
+    """Whether the smaller factor's norm after the step is below this share of the larger one's, `(n,)`."""
     if isinstance(least_ratio, int | float) and least_ratio == 0:
-        return jnp.zeros(len(sums[0]), bool)
-    norm_a, norm_b = (jnp.linalg.norm(x, axis=(1, 2)) for x in sums)
-    return jnp.minimum(norm_a, norm_b) < least_ratio * jnp.maximum(norm_a, norm_b)
+        return jnp.zeros(len(factors[0]), bool)
+
+    def square(param, update):  # not of their sum, whose memory is to be used again
+        wide = working_dtype(param, update)
+        param, update = param.astype(wide), update.astype(wide)
+        return (param * param + 2 * param * update + update * update).sum((1, 2))
+
+    squares = [square(*pair) for pair in zip(factors, step, strict=True)]
+    return jnp.minimum(*squares) < least_ratio**2 * jnp.maximum(*squares)
 
 
 def _add_wide(param, update):
