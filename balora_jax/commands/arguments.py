@@ -128,13 +128,13 @@ def _without(config: Config, sweep: Sweep, overridden: list[str]) -> Sweep:
         holding = [mapping for mapping in mappings if get_field(config, name) in mapping.get(name, ())]
         if holding:
             mappings = [mapping for mapping in mappings if name not in mapping or mapping in holding]
-    runs: list[Config] = []
+    runs: set[Config] = set()
     kept: list[dict] = []
     for mapping in mappings:
         for choice in combinations({name: values for name, values in mapping.items() if name not in overridden}):
             run = with_fields(config, choice)
             if run not in runs:
-                runs.append(run)
+                runs.add(run)
                 kept.append({name: (value,) for name, value in choice.items()})
     return kept
 

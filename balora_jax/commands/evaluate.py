@@ -16,6 +16,7 @@ from balora_jax.console import PlainConsole
 from balora_jax.data.hub_tokenizer import files_fingerprint, tokenizer_files
 from balora_jax.training.config import Config, ConfigError, Sweep, check
 from balora_jax.training.evaluation import accuracies, answer, evaluate_loss, what_is_not_finite
+from balora_jax.training.memory import check_evaluation, memory_limit
 from balora_jax.training.run import load_data, load_model
 from balora_jax.training.single import Single, nothing_trained
 from balora_jax.training.step import Program
@@ -60,6 +61,7 @@ def report(config: Config, sweep: Sweep, adapter: Path | None, console: Console)
     if own not in (None, examples.tokenizer.fingerprint):
         note = f"the adapter has a tokenizer of its own, which is not used; --data.tokenizer {adapter} takes it"
         console.print(note, markup=False, soft_wrap=True)
+    check_evaluation(config.training, model.config, examples, limit=memory_limit())
     program = cast(Program, Single(model))  # as much of one as an evaluation uses
     batch_size = config.training.eval_batch_size
     losses = evaluate_loss(program, nothing_trained(), examples, batch_size=batch_size)

@@ -25,6 +25,7 @@ from balora_jax.models.folders import model_folder
 from balora_jax.models.weights import load_decoder
 from balora_jax.training.config import ConfigError
 from balora_jax.training.evaluation import generate, what_is_not_finite
+from balora_jax.training.memory import check_answers, memory_limit
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,14 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"--temperature must be at least 0, got {options.temperature}")
     if options.system is not None and not options.chat:
         raise ConfigError("--system needs --chat, as only a conversation has a system prompt")
-    if not options.prompt and sys.stdin.isatty():
+    if not -(2**63) <= options.seed < 2**63:
+        raise ConfigError(f"--seed must be an integer of 64 bits, got {options.seed}")
+    if not options.prompt and (sys.stdin is None or sys.stdin.isatty()):
         raise ConfigError("give --prompt TEXT ..., or texts on the standard input, one in a line")
-    prompts = options.prompt or tuple(line for line in sys.stdin.read().splitlines() if line)
+    try:
+        prompts = options.prompt or tuple(line for line in sys.stdin.read().splitlines() if line)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the standard input must be text in UTF-8: {error}") from error
     if not prompts:
         raise ConfigError("the standard input holds no texts")
     with explained("MODEL"):
@@ -89,6 +95,8 @@ def main(arguments: list[str]) -> int:
     else:
         with explained("--prompt"):
             encoded = [_text(tokenizer, prompt) for prompt in prompts]
+    room = {"rows": len(encoded), "prompt": max(map(len, encoded)), "new_tokens": options.max_new_tokens}
+    check_answers(model.config, **room, field="--max-new-tokens or --prompt", limit=memory_limit())
     with explained("--prompt"):
         texts = continuations(
             model,

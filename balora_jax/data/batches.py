@@ -138,7 +138,7 @@ def encode(examples: datasets.Dataset, tokenizer: Tokenizer, *, max_length: int)
     owners, starts, stops = _places(tokens.lengths, bare, max_length)
     if not len(owners):
         raise ValueError(
-            f"max_length must leave at least one example, got {max_length} "
+            f"max_length (data.length) must leave at least one example, got {max_length} "
             f"and a shortest example of {min(tokens.lengths, default=0)} tokens"
         )
     masks: Sequence[np.ndarray] = learned.parts(owners, starts, stops)
@@ -200,6 +200,11 @@ class Rows(Sequence[Arrays]):
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
+
+    @property
+    def length(self) -> int:
+        """Tokens per row."""
+        return self._length
 
     def __getitem__(self, row):
         if isinstance(row, slice):

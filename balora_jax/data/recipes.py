@@ -59,6 +59,10 @@ class DataSettings:
     seed: int = 0
 
 
+MOST_GENERATED = 10_000_000
+"""Examples that are generated at the most, for training and for evaluation."""
+
+
 class Splits(NamedTuple):
     """A recipe's outcome.
 
@@ -271,6 +275,12 @@ def _mathematics(settings: DataSettings, frames: Frames = _BARE) -> Splits:
     if settings.path is None:
         if settings.train_examples is None or settings.eval_examples is None:
             raise ValueError("data.train_examples and data.eval_examples must be numbers where examples are generated")
+        for name in ("train_examples", "eval_examples"):
+            if getattr(settings, name) > MOST_GENERATED:
+                raise ValueError(
+                    f"data.{name} must be at most {MOST_GENERATED} where examples are generated, in memory, "
+                    f"got {getattr(settings, name)}"
+                )
         if settings.eval_split is not None:
             raise ValueError(f"data.eval_split must be None for {settings.recipe}, got {settings.eval_split!r}")
         modules = settings.modules or mathematics.MODULES

@@ -19,10 +19,11 @@ from safetensors.numpy import save_file
 from balora_jax.casting import check_cast
 from balora_jax.files import read_json
 from balora_jax.models.config_json import read_config, write_config
-from balora_jax.models.decoder import Decoder
+from balora_jax.models.decoder import SIZES, Decoder
 from balora_jax.models.folders import model_folder
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_MOST_PARAMETERS = 2**46
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -49,6 +50,11 @@ def abstract_decoder(
         if wanted == "float64" and not jax.config.read("jax_enable_x64"):
             raise ValueError(f"{argument} float64 needs JAX's option jax_enable_x64; choose float32 without it")
     config = dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype, remat=remat)
+    width = 3 * config.intermediate_size + 2 * config.num_attention_heads * config.head_dim
+    count = config.hidden_size * (config.vocab_size + config.num_hidden_layers * width)
+    if count > _MOST_PARAMETERS:
+        sizes = ", ".join(f"{size} {getattr(config, size)}" for size in SIZES)
+        raise ValueError(f"{name}: config.json must be of a model that a machine can hold, got {sizes}")
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 

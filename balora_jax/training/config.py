@@ -8,10 +8,13 @@ import dataclasses
 import difflib
 import itertools
 import math
+import re
 import runpy
+import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -32,6 +35,12 @@ NUMERIC_FIELDS = (
     "balance.least_ratio",
 )
 """Fields that are numbers in a run's state: runs that differ in nothing else are trained together."""
+
+MOST_RUNS = 10_000
+"""Runs that a sweep may hold."""
+
+_LARGEST_COUNT = 2**31 - 1  # as steps and places are 32-bit integers on a device
+_SEEDS = "seed", "data.seed"
 
 
 @dataclass(frozen=True)
@@ -154,11 +163,15 @@ def load_config(path: str | Path) -> tuple[Config, Sweep]:
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{path} fails: {type(error).__name__}: {error}{_nearest_keyword(error)}") from error
     if not isinstance(names.get("config"), Config):
-        raise ConfigError(f"{path} must set `config` to a balora_jax.training.Config, got {names.get('config')!r}")
+        raise ConfigError(
+            f"{path} must set `config` to a balora_jax.training.Config, got {_shown(names.get('config'))}"
+        )
     sweep = names.get("sweep", {})
     mappings = [sweep] if isinstance(sweep, Mapping) else sweep
     if not isinstance(mappings, Sequence) or not all(isinstance(mapping, Mapping) for mapping in mappings):
-        raise ConfigError(f"{path}: sweep must map field names to values, or be a sequence of such, got {sweep!r}")
+        raise ConfigError(
+            f"{path}: sweep must map field names to values, or be a sequence of such, got {_shown(sweep)}"
+        )
     return names["config"], sweep
 
 
@@ -172,22 +185,26 @@ def expand(config: Config, sweep: Sweep) -> tuple[Config, ...]:
     Raises:
         ConfigError: a field does not exist, a value is of the wrong type or out of range, or two runs are the same.
     """
-    mappings: Iterable = [sweep] if isinstance(sweep, Mapping) else sweep
-    runs: list[Config] = []
+    mappings = [sweep] if isinstance(sweep, Mapping) else sweep
+    if len(mappings) > MOST_RUNS:
+        raise ConfigError(f"sweep must hold at most {MOST_RUNS} runs, got {len(mappings)} mappings")
+    runs: dict[Config, None] = {}  # in order
     for mapping in mappings or [{}]:
         if not isinstance(mapping, Mapping):
-            raise ConfigError(f"sweep must map field names to values, got {mapping!r}")
+            raise ConfigError(f"sweep must map field names to values, got {_shown(mapping)}")
         for choice in combinations(mapping):
             run = with_fields(config, choice)
+            check(run)
             if run in runs:
                 raise ConfigError(f"sweep holds a run twice: {choice}")
-            check(run)
+            if len(runs) == MOST_RUNS:
+                raise ConfigError(f"sweep must hold at most {MOST_RUNS} runs, got more")
             for name in get_method(run.method).unused_settings:
                 if len(mapping.get(f"optimizer.{name}", ())) > 1:
                     raise ConfigError(
                         f"sweep: optimizer.{name} plays no part in {run.method}, whose runs would be the same"
                     )
-            runs.append(run)
+            runs[run] = None
     return tuple(runs)
 
 
@@ -195,11 +212,23 @@ def combinations(mapping: Mapping[str, Sequence]) -> Iterator[dict[str, Any]]:
     """All choices of one value for each field.
 
     Raises:
-        ConfigError: something other than a sequence of values.
+        ConfigError: something other than a sequence of values, or too many combinations.
     """
     for name, values in mapping.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-            raise ConfigError(f"sweep: {name} must have a sequence of values, got {values!r}")
+            raise ConfigError(f"sweep: {name} must have a sequence of values, got {_shown(values)}")
+    try:
+        count = math.prod(map(len, mapping.values()))
+    except OverflowError:  # of a range
+        count = sys.maxsize
+    if count > MOST_RUNS:
+        raise ConfigError(f"sweep must hold at most {MOST_RUNS} runs, got {_shown(count)} of {', '.join(mapping)}")
+    for name, values in mapping.items():
+        for value in values:
+            try:
+                hash(value)
+            except TypeError:
+                raise ConfigError(f"sweep: {name} must have texts, numbers or tuples, got {_shown(value)}") from None
     for choice in itertools.product(*mapping.values()):
         yield dict(zip(mapping, choice, strict=True))
 
@@ -212,7 +241,7 @@ def get_field(config: Config, name: str) -> Any:
     """
     value: Any = config
     for part in name.split("."):
-        if not dataclasses.is_dataclass(value) or part not in (f.name for f in dataclasses.fields(value)):
+        if not is_dataclass(value) or part not in (f.name for f in dataclasses.fields(value)):
             raise ConfigError(f"there is no field {name}{suggestion(name)}")
         value = getattr(value, part)
     return value
@@ -235,13 +264,26 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
 
 def field_names(config: Any = Config, prefix: str = "") -> tuple[str, ...]:
     """Returns the dotted names of all fields that hold a value."""
-    names: list[str] = []
-    hints = get_type_hints(config)
-    for item in dataclasses.fields(config):
-        nested = dataclasses.is_dataclass(hints[item.name])
-        path = f"{prefix}{item.name}"
-        names += field_names(hints[item.name], f"{path}.") if nested else [path]
-    return tuple(names)
+    return tuple(f"{prefix}{name}" for name in _types(config))
+
+
+@cache
+def _types(kind: Any) -> dict[str, Any]:
+    """The types of all fields that hold a value, by their dotted names."""
+    types: dict[str, Any] = {}
+    for name, hint in _hints(kind).items():
+        nested = _types(hint) if _is_part(hint) else None
+        types |= {name: hint} if nested is None else {f"{name}.{inner}": nested[inner] for inner in nested}
+    return types
+
+
+def _is_part(value: Any) -> bool:
+    return is_dataclass(value)
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def suggestion(name: str) -> str:
@@ -286,21 +328,29 @@ def check(config: Config) -> None:
     for name in ("training.members_at_once", "training.max_new_tokens", "data.train_examples", "data.eval_examples"):
         if get_field(config, name) is not None and get_field(config, name) < 1:
             raise ConfigError(f"{name} must be at least 1 or None, got {get_field(config, name)}")
+    for name, hint in _types(Config).items():
+        if hint in (int, int | None) and name not in _SEEDS and (get_field(config, name) or 0) > _LARGEST_COUNT:
+            raise ConfigError(f"{name} must be at most {_LARGEST_COUNT:,}, got {get_field(config, name):,}")
     if not math.isfinite(config.adapter.alpha):
         raise ConfigError(f"adapter.alpha must be finite, got {config.adapter.alpha}")
     if config.optimizer.clip_norm is not None and not config.optimizer.clip_norm > 0:
         raise ConfigError(f"optimizer.clip_norm must be positive or None, got {config.optimizer.clip_norm}")
-    if not 0 <= config.seed < 2**32:
-        raise ConfigError(f"seed must be from 0 to 2**32 - 1, got {config.seed}")
-    names = [name for name, _ in config.options]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f"options must name each option once, got {twice[0]!r} {names.count(twice[0])} times")
+    for name in _SEEDS:
+        if not 0 <= get_field(config, name) < 2**32:
+            raise ConfigError(f"{name} must be from 0 to 2**32 - 1, got {get_field(config, name)}")
+    for name in ("options", "data.modules"):
+        entries = [entry[0] if name == "options" else entry for entry in get_field(config, name)]
+        if twice := [entry for entry in entries if entries.count(entry) > 1]:
+            raise ConfigError(f"{name} must name everything once, got {twice[0]!r} {entries.count(twice[0])} times")
+    for name, value in config.options:
+        if not math.isfinite(value):
+            raise ConfigError(f"options: {name} must be finite, got {value}")
     try:
         method = get_method(config.method)
         scale = adapter_scale(config.adapter.alpha, config.adapter.rank, method.scaling)
         steps, options = config.training.steps, dict(config.options)
         method.transformation(config.optimizer, config.balance, steps=steps, scale=scale, options=options)
-    except ValueError as error:
+    except (ArithmeticError, ValueError) as error:
         raise ConfigError(str(error)) from None
     for name in method.unused_settings:
         value, default = getattr(config.optimizer, name), getattr(OptimizerSettings(), name)
@@ -312,13 +362,17 @@ def check(config: Config) -> None:
 
 
 def _check_types(value: Any, prefix: str) -> None:
-    hints = get_type_hints(type(value))
+    hints = _hints(value.__class__)
     for item in dataclasses.fields(value):
         name, hint, content = f"{prefix}{item.name}", hints[item.name], getattr(value, item.name)
         if not _has_type(content, hint):
             shown = getattr(hint, "__name__", None) if get_origin(hint) is None else None
-            raise ConfigError(f"{name} must be of type {shown or str(hint).replace('typing.', '')}, got {content!r}")
-        if dataclasses.is_dataclass(content):
+            raise ConfigError(
+                f"{name} must be of type {shown or str(hint).replace('typing.', '')}, got {_shown(content)}"
+            )
+        if not _has_size(content):
+            raise ConfigError(f"{name} must be within 2**63, or 2**128 if it has a point, got {_shown(content)}")
+        if _is_part(content):
             _check_types(content, f"{name}.")
 
 
@@ -340,11 +394,29 @@ def _has_type(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
+def _has_size(value: Any) -> bool:
+    """Whether numbers are of a size that arrays can hold; what must be finite is told where it must be positive too."""
+    if isinstance(value, tuple):
+        return all(map(_has_size, value))
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return not isinstance(value, float) or abs(value) < 2.0**128 or not math.isfinite(value)
+
+
+def _shown(value: Any) -> str:
+    """A value from outside, in short."""
+    try:
+        text = repr(value)
+    except Exception as error:  # an integer of more than 4300 digits has no text, and other objects have code of theirs
+        text = f"a {type(value).__name__} that has no text ({error})"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _nearest_keyword(error: BaseException) -> str:
     """A suggestion for a dataclass's unexpected keyword argument."""
-    words = str(error).split("unexpected keyword argument ")
-    if not isinstance(error, TypeError) or len(words) < 2:
+    match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in (Config, *_hints(Config).values()) if _is_part(kind)}
+    if not isinstance(error, TypeError) or match is None or match[1] not in kinds:
         return ""
-    wrong = words[1].strip("'")
-    near = difflib.get_close_matches(wrong, {part for name in field_names() for part in name.split(".")}, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = difflib.get_close_matches(match[2], [item.name for item in dataclasses.fields(kinds[match[1]])], n=1)
+    return f"; did you mean {near[0]!r}?" if near else suggestion(match[2])

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from balora_jax.models.weights import abstract_decoder
 from balora_jax.training.config import Config, ConfigError
+from balora_jax.training.memory import NO_MACHINE, check_step
 from balora_jax.training.step import Program, TrainState
 
 # Keeps the compiler from widening all bfloat16 weights to float32 at once, which it does for CPUs.
@@ -88,6 +89,7 @@ def estimate(members: Sequence[Config]) -> Estimate:
         )
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"model.path: {error}") from error
+    check_step(config, model.config, members=len(members), length=config.data.length, limit=NO_MACHINE)
     graph, bare = nnx.split(model)
 
     def program(bare: nnx.State) -> Program:  # made anew within each trace, where shapes do for a base

@@ -44,6 +44,7 @@ from balora_jax.training.evaluation import (
     what_is_not_finite,
 )
 from balora_jax.training.interruption import Interrupted, Interruptions
+from balora_jax.training.memory import check_evaluation, check_step, memory_limit
 from balora_jax.training.progress import TrainingProgress
 from balora_jax.training.records import RunDirectory, RunError
 from balora_jax.training.step import Program, TrainState
@@ -403,7 +404,10 @@ def _program(name: str, members: Mapping[str, Config]) -> Program:
         program = Program(config, _base_model(config.model))
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError(f"{name}: {error}") from error
-    load_data(config.data, config.model.path)
+    rows, examples, _ = load_data(config.data, config.model.path)
+    model, limit = _base_model(config.model).config, memory_limit()
+    check_step(config, model, members=len(members), length=rows.length, limit=limit)
+    check_evaluation(config.training, model, examples, limit=limit)
     return program
 
 

@@ -115,6 +115,11 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
         # Tensors that the model would not use.
         ({}, {"model.layers.0.self_attn.q_proj.bias": np.ones(32, "f4")}, "model.layers.0.self_attn.q_proj.bias"),
         ({"num_hidden_layers": 1}, {}, "model.layers.1."),
+        (
+            {"vocab_size": 2**31 - 1, "hidden_size": 2**30},
+            {},
+            "must be of a model that a machine can hold, got vocab_size",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(fields, tensors, message, tmp_path):

@@ -119,7 +119,21 @@ BAD_FIELDS = [
     ("data.modules", ["a"], "data.modules must be of type tuple"),
     ("data.difficulty", (1, "2"), "data.difficulty must be of type tuple"),
     ("seed", -1, "seed must be from 0"),
-    ("options", (("a", 1.0), ("b", 2.0), ("a", 3.0)), "options must name each option once, got 'a' 2 times"),
+    ("options", (("a", 1.0), ("b", 2.0), ("a", 3.0)), "options must name everything once, got 'a' 2 times"),
+    ("data.modules", ("a", "b", "b", "b"), "data.modules must name everything once, got 'b' 3 times"),
+    ("data.seed", -1, "data.seed must be from 0"),
+    ("training.steps", 2**40, "training.steps must be at most 2,147,483,647, got 1,099,511,627,776"),
+    ("data.length", 10**12, "data.length must be at most"),
+    ("data.train_examples", 10**15, "data.train_examples must be at most"),
+    ("training.max_new_tokens", 2**31, "training.max_new_tokens must be at most"),
+    ("balance.start_step", 2**31, "balance.start_step must be at most"),
+    ("optimizer.learning_rate", 10**400, r"optimizer.learning_rate must be within .*got 10+\.\.\."),
+    ("optimizer.learning_rate", 1e39, r"optimizer.learning_rate must be within .* 2\*\*128 .*got 1e\+39"),
+    ("adapter.alpha", -(10**400), "adapter.alpha must be within"),
+    ("adapter.rank", 10**400, "adapter.rank must be within"),
+    ("data.difficulty", (1, 10**30), "data.difficulty must be within"),
+    ("options", (("x", 10**400),), "options must be within"),
+    ("options", (("x", float("inf")),), "options: x must be finite"),
 ]
 
 
@@ -163,6 +177,12 @@ def test_settings_that_a_method_does_not_read_are_refused(method, name, value, m
         check(with_field(config, f"optimizer.{name}", value))
 
 
+def test_a_number_that_has_no_text():
+    for value in (10**5000, (10**5000,)):
+        with pytest.raises(ConfigError, match=r"optimizer.learning_rate must be .*got a \w+ that has no text"):
+            check(with_field(BASE, "optimizer.learning_rate", value))
+
+
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
@@ -173,6 +193,14 @@ def test_settings_that_a_method_does_not_read_are_refused(method, name, value, m
         ({"seed": ()}, "seed must have a sequence of values"),
         ({"seed": (1, 1)}, "holds a run twice"),
         ([("seed", (1,))], "must map field names"),
+        ({"seed": range(15_000_000)}, "sweep must hold at most 10000 runs, got 15000000 of seed"),
+        (
+            {"seed": range(2**80), "adapter.rank": (1, 2)},
+            "at most 10000 runs, .* of seed, adapter.rank",
+        ),
+        ([{"seed": (i,)} for i in range(10_001)], "sweep must hold at most 10000 runs"),
+        ({"data.modules": (["a"], ["b"])}, r"sweep: data.modules must have texts, numbers or tuples, got \['a'\]"),
+        ({"data.modules": ((["a"],),)}, r"sweep: data.modules must have texts, numbers or tuples, got \(\['a'\],\)"),
         (
             {"method": ("lora", "scaled_gd"), "optimizer.weight_decay": (0.0, 0.01)},
             "sweep: optimizer.weight_decay plays no part in scaled_gd",
@@ -201,7 +229,7 @@ COMMAND_LINES = {
     "missing data": (["run", "{file}", "--data.path", "nowhere"], "data: no folder nowhere"),
     "unknown module": (["run", "{file}", "--data.modules", "algebra"], "data: .*'algebra'"),
     "unknown recipe": (["run", "{file}", "--data.recipe", "mathematic"], "did you mean 'mathematics'"),
-    "too long": (["run", "{file}", "--data.length", "4"], "max_length must leave at least one example, got 4"),
+    "too long": (["run", "{file}", "--data.length", "4"], r"\(data.length\) must leave at least one example, got 4"),
     "output without a folder": (["run", "{file}", "--output"], "--output needs a folder"),
 }  # fmt: skip
 
@@ -232,6 +260,10 @@ def test_wrong_command_lines_give_one_line_and_exit_code_2(case, config, tmp_pat
     [
         ("config = 3", "must set `config`"),
         (HEAD + "config = Config(name='x', optimzer=3)", "did you mean 'optimizer'"),
+        (HEAD + "config = Config(name='x', steps=3)", "keyword argument 'steps'; did you mean training.steps"),
+        (HEAD + "config = Config(name='x', training=TrainingSettings(stpes=3))", "did you mean 'steps'"),
+        (HEAD + "config = Config(name='x', training=TrainingSettings(lenght=3))", "did you mean data.length"),
+        (HEAD + "config = 10**5000", "must set `config` .*got a int that has no text"),
         (HEAD + "config = Config()", "missing 1 required positional argument: 'name'"),
         ("import nonsense_module", "No module named 'nonsense_module'"),
         ("config = (", "SyntaxError"),
