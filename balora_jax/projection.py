@@ -176,12 +176,13 @@ def _waits(factors, step, least_ratio: jax.typing.ArrayLike) -> jax.Array:
     if isinstance(least_ratio, int | float) and least_ratio == 0:
         return jnp.zeros(len(factors[0]), bool)
 
-    def square(param, update):  # not of their sum, whose memory is to be used again
+    def square(param, update, axis):  # not of their sum, and by columns, so that no other memory is taken
         wide = working_dtype(param, update)
         param, update = param.astype(wide), update.astype(wide)
-        return (param * param + 2 * param * update + update * update).sum((1, 2))
+        columns = (param * (param + 2 * update)).sum(axis) + (update * update).sum(axis)
+        return jax.lax.optimization_barrier(columns).sum(1)
 
-    squares = [square(*pair) for pair in zip(factors, step, strict=True)]
+    squares = [square(p, u, axis) for p, u, axis in zip(factors, step, (1, 2), strict=True)]
     return jnp.minimum(*squares) < least_ratio**2 * jnp.maximum(*squares)
 
 

@@ -31,7 +31,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 SCRIPTS = sorted(file for file in (ROOT / "experiments").rglob("*.py") if "def main" in file.read_text())
 SHRINK = (
     "--training.steps 2 --training.batch_size 2 --training.eval_every 2 --data.train_examples 100 "
-    "--data.eval_examples 10 --optimizer.learning_rate 1e-3 --seed 0 --method balora"
+    "--data.eval_examples 10 --optimizer.learning_rate 1e-3 --seed 0 --method balora --balance.least_ratio 0"
 )
 
 TINY = (  # of one shape, so that the step is compiled once
