@@ -94,8 +94,9 @@ def balance(
         1e18 and up to condition numbers of both factors of 1e6, in every gauge; where float32 cannot give this,
         products of these factors are computed in float64. One limit: where a well-conditioned product comes in factors
         of condition 1e6 the gap is about 5e-5 (4e-8 at 1e5), and a second call brings it to rounding. On TPUs, which
-        lack float64, scales are as free, but pairs with condition numbers above about 100 have gaps of up to 1e-3, or
-        are left as they are.
+        lack float64, scales are as free, but beyond condition numbers of about 100 pairs are left, or come out with
+        gaps of up to 2e-3 and products that are off by more than rounding. With `r > min(a, b)` even the product can be
+        lost there: do not balance such pairs without float64.
 
     Source: arXiv 2605.31484 (the projection onto the hyper-balanced set).
 
