@@ -90,7 +90,8 @@ def _called(arguments: list[str]) -> int:
         hint = str(interruption) or ("nothing is lost; the same command goes on" if command == "run" else "")
         print(f"balora-jax: interrupted{hint and '; '}{hint}", file=sys.stderr)
         return 128 + getattr(interruption, "signal", signal.SIGINT)
-    print(f"balora-jax: error: {printable(' '.join(reason.split()))}", file=sys.stderr)
+    reason = printable(" ".join(reason.split()))
+    print(f"balora-jax: error: {reason if len(reason) < 2000 else reason[:2000] + '...'}", file=sys.stderr)
     return 2
 
 

@@ -1,7 +1,6 @@
 """Putting adapters on a whole model, merging them and taking them off."""
 
 import difflib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from flax import nnx
 from balora_jax.adapters.adapter import Adapter, MergeError
 from balora_jax.adapters.initialisation import LORA, Initialisation
 from balora_jax.adapters.lora import LoRALinear, Scaling
+from balora_jax.limits import compiled, matching
 
 
 def add_adapters(
@@ -144,10 +144,11 @@ def _matches(targets: str | Sequence[str], modules: dict[str, nnx.Module]) -> tu
     layers = [path for path, module in modules.items() if _holds_weights(module)]
     if isinstance(targets, str):
         try:
-            pattern = re.compile(targets)
-        except re.error as error:
+            pattern = compiled(targets)
+            with matching():
+                matched = [path for path in layers if pattern.fullmatch(path)]
+        except (TimeoutError, ValueError) as error:
             raise ValueError(f"targets must be a regular expression or names, got {targets!r}: {error}") from error
-        matched = [path for path in layers if pattern.fullmatch(path)]
         if not matched:
             raise ValueError(f"targets {targets!r} matches no layer; there are {', '.join(layers) or 'none'}")
         return tuple(matched)

@@ -4,11 +4,12 @@ A module's factors are the tensors `base_model.model.<module>.lora_A.weight (r, 
 the transposes of `lora_a` and `lora_b`; DoRA adds `....lora_magnitude_vector (out,)`. Neither torch nor PEFT is needed.
 """
 
+import contextlib
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from safetensors.numpy import save_file
 
 from balora_jax.adapters.lora import Scaling, adapter_scale
 from balora_jax.files import read_json
+from balora_jax.limits import compiled, matching
 from balora_jax.pairs import Pair, find_pairs
 from balora_jax.trees import path_text
 
@@ -29,6 +31,7 @@ _TENSOR = re.compile(
 )
 _BASE_COPY = re.compile(r"base_model\.model\.(?P<module>lm_head|model\.embed_tokens)(\.base_layer)?\.weight")
 _READABLE = re.compile(r"BOOL|BF16|F(16|32|64)|[IU](8|16|32|64)")  # dtypes that NumPy has, or ml_dtypes gives it
+_MODULE = r"(.*\.)?({})$"  # what PEFT puts around the keys of patterns
 PARTS = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 # What would change the meaning of the factors, with the values under which it does not.
 _PLAIN: dict[str, tuple] = {
@@ -99,7 +102,7 @@ class PeftAdapter:
     def __post_init__(self):
         for name in ("rank_pattern", "alpha_pattern"):
             pattern = _checked(self.config, name, "an object", lambda value: isinstance(value, Mapping))
-            _check_expressions(name, pattern or ())
+            _check_expressions(name, [text for key in pattern or () for text in (key, _MODULE.format(key))])
         for name in ("target_modules", "exclude_modules"):
             names = _checked(self.config, name, "a regular expression or a list of names", _is_one_or_many(str))
             _check_expressions(name, [names] if isinstance(names, str) else ())
@@ -196,16 +199,17 @@ class PeftAdapter:
             names = r"(?!(.*\.)?lm_head$).*"
         layers, pattern = self.config.get("layers_to_transform"), self.config.get("layers_pattern")
         stack = f"(?:{'|'.join(_many(pattern))})" if pattern else r"[^.]*"
-        index = re.compile(rf"(?:.*?\.)?{stack}\.(\d+)\.")
+        index = compiled(rf"(?:.*?\.)?{stack}\.(\d+)\.")
         asked = set()
-        for module in modules:
-            if not _names(names, module) or (excluded and _names(excluded, module)):
-                continue
-            if layers not in (None, []) and not isinstance(names, str):
-                match = index.match(module)
-                if match is None or int(match[1]) not in _many(layers):
+        with _matching("target_modules, exclude_modules or layers_pattern"):
+            for module in modules:
+                if not _names(names, module) or (excluded and _names(excluded, module)):
                     continue
-            asked.add(module)
+                if layers not in (None, []) and not isinstance(names, str):
+                    match = index.match(module)
+                    if match is None or int(match[index.groups]) not in _many(layers):
+                        continue
+                asked.add(module)
         return asked
 
     def _low_rank(self, module: str, parts: dict[str, np.ndarray]) -> LowRank:
@@ -238,10 +242,11 @@ class PeftAdapter:
         value = self.config.get(name)
         if value is None:
             raise ValueError(f"{CONFIG_FILE} lacks the field {name}, which the adapter depends on")
-        for key, special in (self.config.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", module):
-                name, value = f"{pattern}[{key!r}]", special
-                break
+        special = self.config.get(pattern) or {}
+        with _matching(pattern):
+            key = next((key for key in special if re.match(_MODULE.format(key), module)), None)
+        if key is not None:
+            name, value = f"{pattern}[{key!r}]", special[key]
         try:
             number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
         except OverflowError:  # an integer beyond all floats
@@ -380,9 +385,19 @@ def _check_expressions(name: str, expressions: Iterable[str]) -> None:
     """Raises if one of a field's regular expressions is none."""
     for expression in expressions:
         try:
-            re.compile(expression)
-        except re.error as error:
-            raise ValueError(f"{CONFIG_FILE}: {name}: {expression!r} is no regular expression: {error}") from error
+            compiled(expression)
+        except ValueError as error:
+            raise ValueError(f"{CONFIG_FILE}: {name}: {error}") from error
+
+
+@contextlib.contextmanager
+def _matching(fields: str) -> Iterator[None]:
+    """Lets a block that matches the regular expressions of fields raise where one of them backtracks without end."""
+    try:
+        with matching():
+            yield
+    except TimeoutError as error:
+        raise ValueError(f"{CONFIG_FILE}: {fields}: {error}") from error
 
 
 def _is_one_or_many(kind: type) -> Callable[[Any], bool]:
@@ -410,7 +425,7 @@ def _names(names: str | list[str], module: str) -> bool:
 
 def _in_order(module: str) -> list[tuple]:
     """A key that sorts layer 10 behind layer 9."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in module.split(".")]
+    return [(0, int(part)) if part.isdecimal() and len(part) < 20 else (1, part) for part in module.split(".")]
 
 
 def _short(number: float) -> int | float:

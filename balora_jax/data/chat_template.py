@@ -7,6 +7,13 @@ from functools import cache
 from typing import Any, NoReturn
 
 from balora_jax.data.conversations import Message
+from balora_jax.limits import limited
+
+_MOST_SECONDS, _MOST_MEMORY = 10.0, 2**29
+"""What the rendering of a conversation may take."""
+
+_MOST_ADDED = 2**20
+"""Characters that a template may add to those of the turns, which it may repeat."""
 
 _TODAY = datetime.datetime(2024, 7, 26)
 """What templates that state today's date are told (Llama 3 by `date_string`, Mistral Small by `strftime_now`)."""
@@ -25,17 +32,22 @@ def render(
         name: what the template is called in messages.
 
     Raises:
-        ValueError: the template fails, or asks for what depends on chance or on the machine.
+        ValueError: the template fails, takes too long or too much memory, or asks for what depends on chance or on the
+            machine.
     """
     try:
-        return _compiled(template).render(
-            messages=[dict(message) for message in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=prompt,
-            date_string=_TODAY.strftime("%d %b %Y"),
-            **special_tokens,
-        )
+        with limited(seconds=_MOST_SECONDS, memory=_MOST_MEMORY):
+            text = _compiled(template).render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=prompt,
+                date_string=_TODAY.strftime("%d %b %Y"),
+                **special_tokens,
+            )
+        if len(text) > _MOST_ADDED + 2 * sum(len(message["content"]) for message in messages):
+            raise ValueError(f"it makes a text of {len(text)} characters of them")
+        return text
     except Exception as error:  # a template is a program, and may fail in any way
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(f"{name} fails on the turns of {roles}: {type(error).__name__}: {error}") from error

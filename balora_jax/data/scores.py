@@ -91,5 +91,5 @@ def _number(text: str) -> Fraction | None:
         sign = -1 if number[0].startswith("-") else 1
         parts = re.sub(r"\s?/\s?", "/", number[0].lstrip("- ").replace(",", "")).split()
         return sign * sum(map(Fraction, parts), Fraction(0))
-    except ZeroDivisionError:
+    except (ValueError, ZeroDivisionError):  # more digits than Python reads
         return None

@@ -7,6 +7,7 @@ import json
 import datasets
 import pytest
 
+from balora_jax.data import chat_template
 from balora_jax.data.batches import encode
 from balora_jax.data.hub_tokenizer import HubTokenizer, load_tokenizer
 from balora_jax.data.tokenizer import CharTokenizer
@@ -152,6 +153,8 @@ def test_decode_stops_at_the_end(tokenizers, family):
 
 
 THINKS_FIRST = QWEN.replace("{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>assistant\\n<think>' }}")
+DOUBLING = "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
+ENDLESS = "{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}"
 THINKING = turns(("user", "hello"), ("assistant", "<think>how</think>12"), ("user", "and?"), ("assistant", "you"))
 
 
@@ -184,10 +187,17 @@ THINKING = turns(("user", "hello"), ("assistant", "<think>how</think>12"), ("use
         ({"template": "{% if %}"}, turns(*CHAT), "fails on the turns of user, .* TemplateSyntaxError"),
         ({"template": "{{ strftime_now() }}"}, turns(*CHAT), "fails on the turns of user, .* TypeError"),
         ({"template": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"}, turns(*CHAT), "RecursionError"),
+        ({"template": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"}, turns(*CHAT), "fails on .*Error"),
+        ({"template": "{{ 1 // 0 }}"}, turns(*CHAT), "ZeroDivisionError"),
+        ({"template": "{{ 'x' * 10**12 }}"}, turns(*CHAT), "MemoryError: it takes more than 512 MiB"),
+        ({"template": DOUBLING}, turns(*CHAT), "MemoryError: it takes more than 512 MiB"),
+        ({"template": "{{ 'x' * 10**7 }}"}, turns(*CHAT), "makes a text of 10000000 characters"),
+        ({"template": ENDLESS}, turns(*CHAT), "TimeoutError: it takes more than 0.1 s"),
         ({}, turns(("user", "hello")), r"must have an assistant turn, got \['user'\]"),
     ],
 )
-def test_templates_that_cannot_be_learned_are_refused(tmp_path, changes, chat, message):
+def test_templates_that_cannot_be_learned_are_refused(tmp_path, changes, chat, message, monkeypatch):
+    monkeypatch.setattr(chat_template, "_MOST_SECONDS", 0.1 if changes.get("template") is ENDLESS else 10.0)
     tokenizer = build(tmp_path, "qwen", **changes)
     with pytest.raises(ValueError, match=message):
         tokenizer.encode_conversation(chat)
