@@ -136,7 +136,7 @@ def test_options_are_checked(config):
     for method, option, message in (
         ("lora_plus", ("ratio", 0.5), "ratio must be at least 1 and finite, got 0.5"),
         ("galore", ("rank", 2.5), "options: rank must be an integer, got 2.5"),
-        ("adalora", ("interval", float("inf")), "options: interval must be an integer, got inf"),
+        ("adalora", ("interval", float("inf")), "options: interval must be finite, got inf"),
         ("adalora", ("initial_share", 0.6), "initial_steps and final_steps must be below total_steps"),
     ):
         with pytest.raises(ConfigError, match=message):

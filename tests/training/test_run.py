@@ -449,7 +449,7 @@ def test_values_that_print_alike_keep_their_runs(config):
     close = {
         "optimizer.b2": (0.9999991, 0.9999992),
         "model.path": ("a/b", "a_b"),
-        "data.modules": (("m",) * 40, ("n",)),
+        "data.modules": (tuple(f"m{i:02}" for i in range(40)), ("n",)),
     }
     populations = sort_into_populations(expand(config, close))
     assert sum(map(len, populations.values())) == 8
