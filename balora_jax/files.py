@@ -56,4 +56,5 @@ def system_error(error: BaseException) -> OSError | None:
 
 def open_to_append(path: Path) -> IO[str]:
     """Opens a text file to add to its end, and makes it if it does not exist; raises `OSError` if it is a link."""
-    return open(path, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+    no_follow = getattr(os, "O_NOFOLLOW", 0)  # not on Windows, where making a link needs the rights of an administrator
+    return open(path, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | no_follow, 0o666))

@@ -8,7 +8,6 @@ results.json, results.txt, figure.png    made from metrics.jsonl at the end
 """
 
 import dataclasses
-import fcntl
 import importlib.metadata
 import itertools
 import json
@@ -28,6 +27,11 @@ import jax
 from balora_jax.errors import ConfigError, RunError
 from balora_jax.files import open_to_append, read_json, whole_file
 from balora_jax.training.config import Config
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where directories are not locked
+    fcntl = None  # type: ignore[assignment]
 
 _PACKAGES = ("balora-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "datasets", "grain", "numpy")
 
@@ -66,7 +70,8 @@ class RunDirectory:
         except OSError as error:
             raise ConfigError(f"cannot write to the output folder {path}: {error.strerror}") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f"another process is working in {path}; wait for it or choose another --output") from None
         self._metrics, self._members = path / "metrics.jsonl", set(members)
