@@ -1,0 +1,71 @@
+"""Text files of data, looked through before they are read: by what is wrong with them some readers crash."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from balora_jax.files import read_json
+
+_MOST_NESTED = 100
+
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?')
+_BRACKET = re.compile(r"[\[\]{}]")
+
+
+def check_text(file: Path) -> None:
+    """Raises `ValueError` if a file of CSV or JSON (lines, or one list) cannot be read; it names the file and the line.
+
+    Args:
+        file: whose name ends in `.csv`, or is JSON.
+    """
+    if file.suffix == ".csv":
+        for _ in lines(file):
+            pass
+    elif _is_list(file):
+        read_json(file)
+    else:
+        for number, line in lines(file):
+            if line.strip():
+                _check_row(line, f"{file}, line {number}")
+
+
+def lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Yields the lines of a text file with their numbers; raises `ValueError` at one that is not in UTF-8."""
+    with file.open("rb") as content:
+        for number, line in enumerate(content, start=1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file}, line {number} must be text in UTF-8: {error}") from error
+
+
+def _is_list(file: Path) -> bool:
+    with file.open("rb") as content:
+        return content.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
+
+def _check_row(line: str, where: str) -> None:
+    if line.count("[") + line.count("{") > _MOST_NESTED and _depth(line) > _MOST_NESTED:
+        raise ValueError(f"{where} must be nested at most {_MOST_NESTED} deep")
+    try:
+        row = json.loads(line)
+        if r"\ud" in line.lower():
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} must hold texts, but half of a pair of surrogates is none: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error.msg} (character {error.pos + 1})") from error
+    except ValueError as error:  # a number of many thousand digits
+        raise ValueError(f"{where} is JSON that cannot be read: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} must be an object of columns, got {line.strip():.80}")
+
+
+def _depth(line: str) -> int:
+    """How deep brackets are nested."""
+    depth = deepest = 0
+    for bracket in _BRACKET.findall(_STRING.sub("", line)):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
