@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from balora_jax.adapters.lora import Scaling, adapter_scale
-from balora_jax.files import read_json
+from balora_jax.files import read_object
 from balora_jax.limits import compiled, matching
 from balora_jax.pairs import Pair, find_pairs
 from balora_jax.trees import path_text
@@ -327,9 +327,7 @@ def read_peft(folder: str | Path) -> PeftAdapter:
     for file in (config_file, tensor_file):
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist; a PEFT folder must hold {CONFIG_FILE} and {TENSOR_FILE}")
-    config = read_json(config_file)
-    if not isinstance(config, dict):
-        raise ValueError(f"{config_file} must hold a JSON object, got {config!r:.80}")
+    config = read_object(config_file)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{config_file}: peft_type must be 'LORA', got {config.get('peft_type')!r}")
     try:

@@ -1,16 +1,10 @@
 """Text files of data, looked through before they are read: by what is wrong with them some readers crash."""
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from balora_jax.files import read_json
-
-_MOST_NESTED = 100
-
-_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?')
-_BRACKET = re.compile(r"[\[\]{}]")
+from balora_jax.files import MOST_NESTED, is_nested_too_deeply, read_json
 
 
 def check_text(file: Path) -> None:
@@ -46,8 +40,8 @@ def _is_list(file: Path) -> bool:
 
 
 def _check_row(line: str, where: str) -> None:
-    if line.count("[") + line.count("{") > _MOST_NESTED and _depth(line) > _MOST_NESTED:
-        raise ValueError(f"{where} must be nested at most {_MOST_NESTED} deep")
+    if is_nested_too_deeply(line):
+        raise ValueError(f"{where} must be nested at most {MOST_NESTED} deep")
     try:
         row = json.loads(line)
         if r"\ud" in line.lower():
@@ -60,12 +54,3 @@ def _check_row(line: str, where: str) -> None:
         raise ValueError(f"{where} is JSON that cannot be read: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where} must be an object of columns, got {line.strip():.80}")
-
-
-def _depth(line: str) -> int:
-    """How deep brackets are nested."""
-    depth = deepest = 0
-    for bracket in _BRACKET.findall(_STRING.sub("", line)):
-        depth += 1 if bracket in "[{" else -1
-        deepest = max(deepest, depth)
-    return deepest

@@ -300,7 +300,7 @@ def suggestion(name: str) -> str:
 
 def check(config: Config) -> None:
     """Raises `ConfigError` if a field has the wrong type or a value that cannot be run."""
-    _check_types(config, "")
+    check_types(config)
     for name in ("training.steps", "training.batch_size", "training.accumulate", "training.eval_every",
                  "training.eval_batch_size", "training.checkpoint_every", "training.keep_checkpoints",
                  "training.log_every", "adapter.rank", "balance.every", "data.length"):  # fmt: skip
@@ -361,7 +361,13 @@ def check(config: Config) -> None:
             )
 
 
-def _check_types(value: Any, prefix: str) -> None:
+def check_types(value: Any, prefix: str = "") -> None:
+    """Raises `ConfigError` if a field of a config, or of a part of one, has the wrong type or a number of no machine.
+
+    Args:
+        value: the config, or the part.
+        prefix: of the names of its fields in messages.
+    """
     hints = _hints(value.__class__)
     for item in dataclasses.fields(value):
         name, hint, content = f"{prefix}{item.name}", hints[item.name], getattr(value, item.name)
@@ -373,7 +379,7 @@ def _check_types(value: Any, prefix: str) -> None:
         if not _has_size(content):
             raise ConfigError(f"{name} must be within 2**63, or 2**128 if it has a point, got {_shown(content)}")
         if _is_part(content):
-            _check_types(content, f"{name}.")
+            check_types(content, f"{name}.")
 
 
 def _has_type(value: Any, hint: Any) -> bool:

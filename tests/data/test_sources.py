@@ -37,8 +37,8 @@ def guard():
     [
         ("x.jsonl", THREE + b'{"query": ' + b"[" * DEEP + b"]" * DEEP + b"}\n", "line 4 must be nested at most 100"),
         ("x.jsonl", THREE + b'{"z":' * DEEP + b"1" + b"}" * DEEP + b"\n", "line 4 must be nested at most 100 deep"),
-        ("x.json", b"[" * DEEP, "is JSON that is nested too deeply"),
-        ("x.json", b'[{"query": ' + b"[" * 5000 + b"]" * 5000 + b"}]", "nested too deeply|cannot read .*x.json: "),
+        ("x.json", b"[" * DEEP, "must be JSON that is nested at most 100 deep"),
+        ("x.json", b'[{"query": ' + b"[" * 5000 + b"]" * 5000 + b"}]", "must be JSON that is nested at most 100 deep"),
         ("x.jsonl", THREE + b'{"query": "\xff", "response": "a"}\n', "line 4 must be text in UTF-8: .* byte 0xff"),
         ("x.json", b'[{"query": "\xff", "response": "a"}]', "is not JSON: .*utf-8"),
         ("x.csv", HEADER + b"c,\xff\n", "line 3 must be text in UTF-8: .* byte 0xff"),
