@@ -316,11 +316,14 @@ def _read_evenly(
 ) -> tuple[datasets.Dataset, int]:
     """At most `count` published examples, as many from each file or one less; and how many files give none."""
     assert settings.path is not None
-    files = [
-        file
-        for part in splits
-        for file in mathematics.list_files(settings.path, _modules_of(settings, part), split=part)
-    ]
+    try:
+        files = [
+            file
+            for part in splits
+            for file in mathematics.list_files(settings.path, _modules_of(settings, part), split=part)
+        ]
+    except OSError as error:
+        raise FileNotFoundError(f"data.path: {error}") from error
     shares = _shares(count, len(files))
     examples = written(
         lambda: (frames.row(example) for pair in zip(files, shares, strict=True) for example in read_file(*pair)),

@@ -113,7 +113,7 @@ class Config:
     """One run.
 
     Attributes:
-        name: of the experiment; the default output folder is `runs/<name>`.
+        name: of the experiment, without `/`; the default output folder is `runs/<name>`.
         method: a name in `balora_jax.methods.METHODS`.
         options: names and values of the method's own numbers, where they differ from their defaults.
         seed: decides the adapters' start, the order of the data and the dropout.
@@ -301,6 +301,8 @@ def suggestion(name: str) -> str:
 def check(config: Config) -> None:
     """Raises `ConfigError` if a field has the wrong type or a value that cannot be run."""
     check_types(config)
+    if not config.name.isprintable() or "/" in config.name or config.name in ("", ".", ".."):
+        raise ConfigError(f"name must do as that of a folder, got {_shown(config.name)}")
     for name in ("training.steps", "training.batch_size", "training.accumulate", "training.eval_every",
                  "training.eval_batch_size", "training.checkpoint_every", "training.keep_checkpoints",
                  "training.log_every", "adapter.rank", "balance.every", "data.length"):  # fmt: skip
@@ -351,7 +353,7 @@ def check(config: Config) -> None:
         steps, options = config.training.steps, dict(config.options)
         method.transformation(config.optimizer, config.balance, steps=steps, scale=scale, options=options)
     except (ArithmeticError, ValueError) as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(_full_name(config, str(error))) from None
     for name in method.unused_settings:
         value, default = getattr(config.optimizer, name), getattr(OptimizerSettings(), name)
         if value != default and (name, value) != ("weight_decay", 0):
@@ -359,6 +361,15 @@ def check(config: Config) -> None:
             raise ConfigError(
                 f"optimizer.{name} plays no part in {config.method} and must be left at {default}, got {value}{own}"
             )
+
+
+def _full_name(config: Config, message: str) -> str:
+    """A method's message about one of its arguments, with the name that this has in a config."""
+    name = message.split(" ", 1)[0]
+    if name in dict(config.options):
+        return f"options: {message}"
+    part = next((part for part in ("optimizer", "balance") if f"{part}.{name}" in field_names()), None)
+    return f"{part}.{message}" if part else message
 
 
 def check_types(value: Any, prefix: str = "") -> None:
@@ -387,7 +398,7 @@ def _has_type(value: Any, hint: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(_has_type(value, arg) for arg in args)
     if origin is Literal:
-        return value in args
+        return isinstance(value, str) and value in args
     if origin is tuple:
         if not isinstance(value, tuple):
             return False
