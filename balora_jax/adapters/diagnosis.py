@@ -69,8 +69,8 @@ def diagnose(lora_a: ArrayLike, lora_b: ArrayLike, scale: float = 1.0) -> Diagno
     values = product_singular_values(a, b)
     if not np.isfinite(abs(scale) * values).all():
         raise ValueError(f"the update must be within float64, got factors of up to {abs(a).max():g}, {abs(b).max():g}")
-    size = max(_size(a), _size(b))
-    a, b = a / size, b / size  # which changes none of what follows, and keeps squares within float64
+    unit = max(_size(a), _size(b))
+    a, b = a / unit, b / unit  # which changes none of what follows, and keeps squares within float64
     gram_a, gram_b = a.T @ a, b @ b.T
     size = np.linalg.norm(gram_a) + np.linalg.norm(gram_b)
     full = rank <= len(values) and values[rank - 1] > len(values) * np.finfo(np.float32).eps * values[0]

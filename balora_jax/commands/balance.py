@@ -85,5 +85,5 @@ def _change(old, new) -> float:
     (a, b), (new_a, new_b) = ([np.asarray(factor[0], float) for factor in pair] for pair in (old, new))
     values = product_singular_values(a, b)
     difference = product_singular_values(np.concatenate([new_a, a], 1), np.concatenate([new_b, -b], 0))
-    largest = values.max() or 1.0  # lest squares overflow
-    return float(np.linalg.norm(difference / largest) / max(np.linalg.norm(values / largest), 1.0))
+    largest = float(values[0]) or 1.0  # lest squares overflow
+    return float(np.linalg.norm(difference / largest)) / (float(np.linalg.norm(values / largest)) or 1.0)
