@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -107,7 +108,7 @@ def apply_overrides(
     """
     arguments, output = _take(arguments, "--output", "a folder")
     known, overridden = set(field_names()), []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in itertools.pairwise([*arguments, "--"]):
         if argument.startswith("--") and argument not in ("--help",):
             name = argument[2:].split("=", 1)[0].replace("-", "_")
             negated = ".".join([*name.split(".")[:-1], name.split(".")[-1].removeprefix("no_")])
