@@ -33,13 +33,14 @@ class Diagnosis(NamedTuple):
     @property
     def norm(self) -> float:
         """Frobenius norm of the update."""
-        return float(np.linalg.norm(self.singular_values))
+        largest = float(self.singular_values[0])
+        return largest * float(np.linalg.norm(self.singular_values / largest)) if largest > 0 else 0.0
 
     @property
     def stable_rank(self) -> float:
         """`||W||_F^2 / ||W||^2` of the update W; 0 if it is zero."""
         largest = self.singular_values[0]
-        return float((self.singular_values**2).sum() / largest**2) if largest > 0 else 0.0
+        return float(((self.singular_values / largest) ** 2).sum()) if largest > 0 else 0.0
 
 
 def diagnose(lora_a: ArrayLike, lora_b: ArrayLike, scale: float = 1.0) -> Diagnosis:

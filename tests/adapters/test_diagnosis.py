@@ -43,7 +43,8 @@ def test_sizes_whose_squares_float64_does_not_hold(size):
     a, b = rng.standard_normal((9, 3)), rng.standard_normal((3, 7))
     usual, found = diagnose(a, b), diagnose(size * a, size * b)
     np.testing.assert_allclose(found.singular_values / size**2, usual.singular_values, rtol=1e-12)
-    for name in ("gap", "condition_number", "least_condition_number"):
+    assert found.norm / size**2 == pytest.approx(usual.norm)
+    for name in ("gap", "condition_number", "least_condition_number", "stable_rank"):
         assert getattr(found, name) == pytest.approx(getattr(usual, name), rel=1e-9)
     with pytest.raises(ValueError, match=r"update must be within float64, got factors of up to 2.*e\+200"):
         diagnose(1e200 * a, 1e200 * b)
