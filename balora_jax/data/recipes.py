@@ -250,7 +250,10 @@ class Published:
             return {name: [example[name] for example in kept] for name in self.columns}
 
         features = datasets.Features(self.columns)
-        return mapped(source, examples, features=features, key=(self.read.__name__, module), description=module)
+        try:
+            return mapped(source, examples, features=features, key=(self.read.__name__, module), description=module)
+        except UnicodeDecodeError as error:  # of parquet and of what save_to_disk wrote
+            raise ValueError(f"{where} must be texts in UTF-8: {error}") from error
 
 
 def _joined(parts: list[datasets.Dataset]) -> datasets.Dataset:

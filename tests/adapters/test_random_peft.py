@@ -135,7 +135,7 @@ def names_what(message, config, tensors):
     return any(name and name in message for name in {*fields, *tensors, *MODULES}) or "holds no tensors" in message
 
 
-@hypothesis.settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@hypothesis.settings(max_examples=220, derandomize=True, deadline=None, database=None)
 @hypothesis.given(damaged())
 def test_folders_are_refused_by_name_or_agree_with_numpy(tmp_path_factory, folder_content):
     config, tensors = folder_content

@@ -3,6 +3,8 @@
 import json
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from connections import no_connections
 
@@ -118,6 +120,27 @@ def test_files_of_two_types_are_not_chosen_from(tmp_path):
     datasets.Dataset.from_list(ROWS).to_csv(tmp_path / "b.csv")
     with pytest.raises(ValueError, match=r"data.path must hold files of one type, got .*a.jsonl and .*b.csv"):
         read_source(str(tmp_path), hub=None, part=None)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_columns_of_bytes_that_are_not_utf8(saved, tmp_path):
+    texts = pa.Array.from_buffers(pa.string(), 4, pa.array([b"a", b"\xff", b"c", b"d"]).buffers())
+    table = pa.table({"query": texts, "response": texts})
+    if saved:
+        datasets.Dataset(table).save_to_disk(tmp_path / "x")
+    else:
+        pq.write_table(table, tmp_path / "x.parquet")
+    path = str(tmp_path / ("x" if saved else "x.parquet"))
+    with pytest.raises(ValueError, match=f"rows of metamathqa in {path} must be texts in UTF-8: .* byte 0xff"):
+        load(DataSettings(recipe="metamathqa", path=path, train_examples=None, eval_examples=1))
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "state.json"])
+def test_saved_data_whose_description_is_nested_too_deeply(name, tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "x")
+    (tmp_path / "x" / name).write_text('{"a":' * DEEP)
+    with pytest.raises(ValueError, match=r"cannot read .*x: "):
+        read_source(str(tmp_path / "x"), hub=None, part=None)
 
 
 def test_published_texts_that_are_not_in_utf8(tmp_path):
