@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from balora_jax.data.text_files import check_text
+from balora_jax.data.text_files import check_json, check_text
 from balora_jax.files import system_error
 
 _READERS = {
@@ -87,8 +87,14 @@ def _read_files(splits: Mapping[str, Sequence[Path]]) -> dict[str, datasets.Data
         for file in files:
             if file.suffix != ".parquet":
                 check_text(file)
-        with _explained(str(files[0] if len(files) == 1 else files[0].parent)), _without_a_log():
-            read[name] = reader([glob.escape(str(file)) for file in files], split=name)
+        try:
+            with _explained(str(files[0] if len(files) == 1 else files[0].parent)), _without_a_log():
+                read[name] = reader([glob.escape(str(file)) for file in files], split=name)
+        except ValueError:
+            for file in files:
+                if reader is datasets.Dataset.from_json:
+                    check_json(file)
+            raise
     return read
 
 

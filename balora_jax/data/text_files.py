@@ -1,4 +1,4 @@
-"""Text files of data, looked through before they are read: by what is wrong with them some readers crash."""
+"""Text files of data: what readers would crash at, looked for before, and what they failed at, by its line."""
 
 import json
 from collections.abc import Iterator
@@ -8,15 +8,19 @@ from balora_jax.files import MOST_NESTED, is_nested_too_deeply, read_json
 
 
 def check_text(file: Path) -> None:
-    """Raises `ValueError` if a file of CSV or JSON (lines, or one list) cannot be read; it names the file and the line.
+    """Raises `ValueError` at a line that is not in UTF-8, or so nested that readers of JSON crash.
 
     Args:
-        file: whose name ends in `.csv`, or is JSON.
+        file: of CSV or JSON.
     """
-    if file.suffix == ".csv":
-        for _ in lines(file):
-            pass
-    elif _is_list(file):
+    for number, line in lines(file):
+        if file.suffix != ".csv" and is_nested_too_deeply(line):
+            raise ValueError(f"{file}, line {number} must be nested at most {MOST_NESTED} deep")
+
+
+def check_json(file: Path) -> None:
+    """Raises `ValueError` at what is wrong in a file of JSON, one list or a row in each line, that cannot be read."""
+    if _is_list(file):
         read_json(file)
     else:
         for number, line in lines(file):
@@ -40,8 +44,6 @@ def _is_list(file: Path) -> bool:
 
 
 def _check_row(line: str, where: str) -> None:
-    if is_nested_too_deeply(line):
-        raise ValueError(f"{where} must be nested at most {MOST_NESTED} deep")
     try:
         row = json.loads(line)
         if r"\ud" in line.lower():

@@ -39,10 +39,11 @@ def guard():
     [
         ("x.jsonl", THREE + b'{"query": ' + b"[" * DEEP + b"]" * DEEP + b"}\n", "line 4 must be nested at most 100"),
         ("x.jsonl", THREE + b'{"z":' * DEEP + b"1" + b"}" * DEEP + b"\n", "line 4 must be nested at most 100 deep"),
-        ("x.json", b"[" * DEEP, "must be JSON that is nested at most 100 deep"),
-        ("x.json", b'[{"query": ' + b"[" * 5000 + b"]" * 5000 + b"}]", "must be JSON that is nested at most 100 deep"),
+        ("x.json", b"[" * DEEP, "line 1 must be nested at most 100 deep"),
+        ("x.json", b"[\n" * DEEP, "must be JSON that is nested at most 100 deep"),
+        ("x.json", b'[{"query": ' + b"[" * 5000 + b"]" * 5000 + b"}]", "line 1 must be nested at most 100 deep"),
         ("x.jsonl", THREE + b'{"query": "\xff", "response": "a"}\n', "line 4 must be text in UTF-8: .* byte 0xff"),
-        ("x.json", b'[{"query": "\xff", "response": "a"}]', "is not JSON: .*utf-8"),
+        ("x.json", b'[{"query": "\xff", "response": "a"}]', "line 1 must be text in UTF-8: .* byte 0xff"),
         ("x.csv", HEADER + b"c,\xff\n", "line 3 must be text in UTF-8: .* byte 0xff"),
         ("x.csv", HEADER + b"a,b,c\n", "cannot read .*x.csv: .* in line 3"),
         ("x.jsonl", THREE + b'{"query": \n' + THREE, r"line 4 is not JSON: Expecting value \(character 1.\)"),
@@ -85,6 +86,14 @@ def test_columns_that_hold_no_texts(recipe, row, message, tmp_path):
     (tmp_path / "x.jsonl").write_bytes(lines(*[good] * (9 if good else 0), *[{**good, **row}] * 3))
     with pytest.raises(ValueError, match=f"^rows of {recipe} in .*x.jsonl: {message}"):
         load(DataSettings(recipe=recipe, path=str(tmp_path / "x.jsonl"), train_examples=None, eval_examples=1))
+
+
+@pytest.mark.parametrize(
+    "text", ['{"query":\n"a"\n}\n', '{"query": "a"} {"query": "a"}', ' \n[{"query": "a"}]', '{"query": "a"}\r\n']
+)
+def test_other_layouts_of_json(text, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    assert set(read_source(str(tmp_path / "x.json"), hub=None, part=None)["train"]["query"]) == {"a"}
 
 
 def test_a_line_of_20_megabytes(tmp_path):
