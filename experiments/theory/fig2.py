@@ -50,9 +50,9 @@ def main() -> None:
             "difference_of_squares": [(path[:, t, 0] ** 2 - path[:, t, 1] ** 2).tolist() for t in (0, STEPS)],
             "condition_number_at_the_end": ((ends**2).sum(1)).tolist(),
         }
-        for product, meaning in ((PRODUCT, "start"), (1.0, "target")):
+        for product, meaning, place in ((PRODUCT, "start", (1.45, 0.06)), (1.0, "target", (2.1, 0.52))):
             axis.plot(grid, product / grid, color="0.7", lw=1)
-            axis.text(2.1, product / 2.1 + 0.04, f"A B = {product:g} ({meaning})", color="0.4")
+            axis.text(*place, f"A B = {product:g} ({meaning})", color="0.4")
         axis.plot(grid, grid, color="C1", lw=1, ls="--")
         axis.text(1.62, 1.5, "balanced", color="C1")
         for one in path:
