@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from balora_jax.exponents import exponents, times_two_to
 from balora_jax.gauge import Gauge, Route, check_gauge, check_route
 from balora_jax.linalg import matmul, split
 from balora_jax.stacks import balance_stacks, in_place
@@ -213,15 +214,15 @@ def balancing_gap(lora_a: jax.Array, lora_b: jax.Array, *, relative: bool = True
     wide = working_dtype(lora_a, lora_b)
     lora_a, lora_b = lora_a.astype(wide), lora_b.astype(wide)
     largest = jnp.maximum(jnp.abs(lora_a).max((-2, -1)), jnp.abs(lora_b).max((-2, -1)))
-    exponent = jnp.frexp(largest)[1]
-    lora_a, lora_b = (jnp.ldexp(x, -exponent[..., None, None]) for x in (lora_a, lora_b))
+    exponent = exponents(largest)
+    lora_a, lora_b = (times_two_to(x, -exponent[..., None, None]) for x in (lora_a, lora_b))
     gram_a = matmul(lora_a.mT, lora_a)
     gram_b = matmul(lora_b, lora_b.mT)
     gap = jnp.linalg.norm(gram_a - gram_b, axis=(-2, -1))
     size = jnp.linalg.norm(gram_a, axis=(-2, -1)) + jnp.linalg.norm(gram_b, axis=(-2, -1))
     if relative:
         return jnp.where(size == 0, 0, gap / jnp.where(size == 0, 1, size))
-    return jnp.ldexp(gap, 2 * exponent)
+    return times_two_to(gap, 2 * exponent)
 
 
 def working_dtype(*arrays: jax.Array) -> jax.typing.DTypeLike:
