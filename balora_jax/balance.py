@@ -100,12 +100,13 @@ def balance(
 
     Source: arXiv 2605.31484 (the projection onto the hyper-balanced set).
 
-    >>> import jax, jax.numpy as jnp
-    >>> key_a, key_b = jax.random.split(jax.random.key(0))
-    >>> a, b = jax.random.normal(key_a, (64, 4)), 0.01 * jax.random.normal(key_b, (4, 32))
-    >>> new_a, new_b = balance(a, b)
-    >>> bool(jnp.allclose(new_a @ new_b, a @ b, atol=1e-5)), float(balancing_gap(new_a, new_b)) < 1e-5
-    (True, True)
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> key_a, key_b = jax.random.split(jax.random.key(0))
+        >>> a, b = jax.random.normal(key_a, (64, 4)), 0.01 * jax.random.normal(key_b, (4, 32))
+        >>> new_a, new_b = balance(a, b)
+        >>> bool(jnp.allclose(new_a @ new_b, a @ b, atol=1e-5)), float(balancing_gap(new_a, new_b)) < 1e-5
+        (True, True)
     """
     balanced = balance_pair(lora_a, lora_b, gauge=gauge, route=route)
     return balanced.lora_a, balanced.lora_b
@@ -210,8 +211,9 @@ def balancing_gap(lora_a: jax.Array, lora_b: jax.Array, *, relative: bool = True
         TypeError: a factor is not a floating-point array.
         ValueError: the shapes do not form pairs.
 
-    >>> float(balancing_gap(jnp.ones((3, 1)), jnp.zeros((1, 5))))
-    1.0
+    Examples:
+        >>> float(balancing_gap(jnp.ones((3, 1)), jnp.zeros((1, 5))))
+        1.0
     """
     lora_a, lora_b = _checked(lora_a, lora_b)
     wide = working_dtype(lora_a, lora_b)

@@ -44,8 +44,9 @@ def factorization_eigenvalues(lora_a: ArrayLike, lora_b: ArrayLike, rest: ArrayL
     Source: arXiv 2605.31484 for rank r and for balanced pairs; the blocks for any pair follow from the second
     derivative `||dA B + A dB||^2 + 2 <A B - Z, dA dB>`.
 
-    >>> factorization_eigenvalues([[2.0], [0.0]], [[1.0, 0.0, 0.0]])
-    array([5., 4., 4., 1.])
+    Examples:
+        >>> factorization_eigenvalues([[2.0], [0.0]], [[1.0, 0.0, 0.0]])
+        array([5., 4., 4., 1.])
     """
     a, b, rest = np.asarray(lora_a, float), np.asarray(lora_b, float), np.atleast_1d(np.asarray(rest, float))
     if a.ndim < 2 or b.ndim < 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:

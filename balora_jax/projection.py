@@ -68,12 +68,13 @@ def balance_tree(params: Any, *, pairs: Pairs | None = None, gauge: Gauge = "svd
 
     Source: arXiv 2605.31484 (the projection onto the hyper-balanced set).
 
-    >>> import jax.numpy as jnp
-    >>> from balora_jax import balancing_gap
-    >>> params = {"up": {"lora_a": jnp.eye(6, 2), "lora_b": 3.0 * jnp.eye(2, 5), "bias": jnp.ones(5)}}
-    >>> up = balance_tree(params)["up"]
-    >>> bool(balancing_gap(up["lora_a"], up["lora_b"]) < 1e-6)
-    True
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from balora_jax import balancing_gap
+        >>> params = {"up": {"lora_a": jnp.eye(6, 2), "lora_b": 3.0 * jnp.eye(2, 5), "bias": jnp.ones(5)}}
+        >>> up = balance_tree(params)["up"]
+        >>> bool(balancing_gap(up["lora_a"], up["lora_b"]) < 1e-6)
+        True
     """
     found = find_pairs(params, pairs)
     return write_pairs(params, found, balance_pairs(read_pairs(params, found), gauge=gauge, route=route))

@@ -216,16 +216,17 @@ def check_projection(opt_state: Any) -> None:
         ValueError: pairs were disturbed, or in the last update frozen, see `BaloraProjectState`; or the state holds
             no projection.
 
-    >>> import jax, jax.numpy as jnp, optax
-    >>> params = {"lora_a": jnp.eye(6, 2), "lora_b": 3.0 * jnp.eye(2, 5)}
-    >>> tx = optax.chain(balora_project(), optax.adam(1e-1))  # in the wrong order
-    >>> state = tx.init(params)
-    >>> for _ in range(2):
-    ...     updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
-    ...     params = optax.apply_updates(params, updates)
-    >>> check_projection(state)
-    Traceback (most recent call last):
-    ValueError: pairs that balora_project had balanced came back unbalanced (1 times): it must be the last...
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> params = {"lora_a": jnp.eye(6, 2), "lora_b": 3.0 * jnp.eye(2, 5)}
+        >>> tx = optax.chain(balora_project(), optax.adam(1e-1))  # in the wrong order
+        >>> state = tx.init(params)
+        >>> for _ in range(2):
+        ...     updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> check_projection(state)
+        Traceback (most recent call last):
+        ValueError: pairs that balora_project had balanced came back unbalanced (1 times): it must be the last...
     """
     states = projection_states(opt_state)
     if not states:

@@ -56,9 +56,10 @@ def diagnose(lora_a: ArrayLike, lora_b: ArrayLike, scale: float = 1.0) -> Diagno
     Notes:
         O((in + out) r^2); nothing of the size of the weight is formed.
 
-    >>> diagnosis = diagnose([[2.0], [0.0]], [[0.0, 0.5, 0.0]], scale=3.0)
-    >>> diagnosis.norm, round(diagnosis.gap, 3), diagnosis.condition_number, diagnosis.least_condition_number
-    (3.0, 0.882, 17.0, 2.0)
+    Examples:
+        >>> diagnosis = diagnose([[2.0], [0.0]], [[0.0, 0.5, 0.0]], scale=3.0)
+        >>> diagnosis.norm, round(diagnosis.gap, 3), diagnosis.condition_number, diagnosis.least_condition_number
+        (3.0, 0.882, 17.0, 2.0)
     """
     a, b = np.asarray(lora_a, float), np.asarray(lora_b, float)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:

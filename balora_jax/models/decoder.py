@@ -251,7 +251,14 @@ class Decoder(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, **dtypes)
 
-    def hidden_states(self, tokens, *, positions=None, segment_ids=None, cache: Cache | None = None):
+    def hidden_states(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Any]:
         """Runs the blocks.
 
         Args:

@@ -90,11 +90,12 @@ def adalora(
 
     Source: arXiv 2303.10512 (Algorithm 1).
 
-    >>> params = {"lora_a": jnp.eye(3, 2), "lora_e": jnp.asarray([3.0, 1.0]), "lora_b": jnp.eye(2, 3)}
-    >>> tx = adalora(optax.sgd(0.1), total_steps=1)
-    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
-    >>> optax.apply_updates(params, updates)["lora_e"].tolist()  # 1 of 2 triplets is kept
-    [2.9000000953674316, 0.0]
+    Examples:
+        >>> params = {"lora_a": jnp.eye(3, 2), "lora_e": jnp.asarray([3.0, 1.0]), "lora_b": jnp.eye(2, 3)}
+        >>> tx = adalora(optax.sgd(0.1), total_steps=1)
+        >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        >>> optax.apply_updates(params, updates)["lora_e"].tolist()  # 1 of 2 triplets is kept
+        [2.9000000953674316, 0.0]
     """
     check_count("total_steps", total_steps)
     check_count("interval", interval)

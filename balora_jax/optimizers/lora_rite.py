@@ -96,12 +96,13 @@ def lora_rite(
 
     Source: arXiv 2410.20625.
 
-    >>> params = {"lora_a": 2.0 * jnp.eye(3, 2), "lora_b": jnp.zeros((2, 3))}
-    >>> tx = lora_rite(0.1)
-    >>> grads = {"lora_a": jnp.zeros((3, 2)), "lora_b": jnp.asarray([[0.3, 0.0, 0.0], [0.0, -0.1, 0.0]])}
-    >>> updates, _ = tx.update(grads, tx.init(params), params)
-    >>> bool(jnp.allclose(updates["lora_b"], jnp.asarray([[-0.0866, 0, 0], [0, 0.0866, 0]]), atol=1e-4))
-    True
+    Examples:
+        >>> params = {"lora_a": 2.0 * jnp.eye(3, 2), "lora_b": jnp.zeros((2, 3))}
+        >>> tx = lora_rite(0.1)
+        >>> grads = {"lora_a": jnp.zeros((3, 2)), "lora_b": jnp.asarray([[0.3, 0.0, 0.0], [0.0, -0.1, 0.0]])}
+        >>> updates, _ = tx.update(grads, tx.init(params), params)
+        >>> bool(jnp.allclose(updates["lora_b"], jnp.asarray([[-0.0866, 0, 0], [0, 0.0866, 0]]), atol=1e-4))
+        True
     """
     check_adamw(b1, b2, eps, weight_decay)
     for name, value in (("eps", eps), ("skip", skip), ("clip_norm", clip_norm)):
