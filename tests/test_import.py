@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import balora_jax
 
@@ -44,3 +45,7 @@ print(len(jax.devices()))
 def test_public_names_exist():
     assert all(hasattr(balora_jax, name) for name in balora_jax.__all__)
     assert list(balora_jax.__all__) == sorted(balora_jax.__all__, key=lambda n: (not n.isupper(), n[0].islower(), n))
+
+
+def test_the_version_is_that_of_the_installation():
+    assert balora_jax.__version__ == version("balora-jax")
