@@ -21,7 +21,7 @@ class Fate(NamedTuple):
         untouched: it was left for another reason: its product lacks rank, it is too far from balance to be carried
             there by an update, or one of the next two.
         waiting: one factor is still too small beside the other, or zero.
-        frozen: one factor has no update, though its partner is not zero, and is taken to be frozen.
+        frozen: one factor has no update, though neither is zero, and is taken to be frozen.
     """
 
     balanced: jax.Array
@@ -153,9 +153,10 @@ def _with_updates(pairs: Sequence[Pair], updates: Any) -> list[Pair]:
 def _fate(new: Balanced, factors, step, least_ratio: jax.typing.ArrayLike) -> Fate:
     """What becomes of stacked pairs that balancing would take to `new`."""
     moves_a, moves_b, has_a, has_b = ((x != 0).any((1, 2)) for x in (*step, *factors))
-    # at the start of an adapter too: there the gradient of a factor is zero because its partner is
+    # also where the gradient of a factor is zero because its partner is, or because nothing reaches the pair: a fresh
+    # expert without tokens, of which weight decay moves A alone
     still = moves_a != moves_b
-    frozen = still & jnp.where(moves_a, has_a, has_b) & ~new.nonfinite
+    frozen = still & has_a & has_b & ~new.nonfinite
     lost = new.untouched | _rounded_away(new, *factors)
     waiting = (still | _waits(factors, step, least_ratio)) & ~(frozen | lost | new.nonfinite)
     untouched = (frozen | lost | waiting) & ~new.nonfinite

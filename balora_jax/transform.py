@@ -24,8 +24,8 @@ class BaloraProjectState(NamedTuple):
         nonfinite: int32, pairs that were left because they hold a NaN or an infinity.
         waiting: int32, pairs that were left because one factor is still zero, or too small beside the other, see
             `least_ratio`.
-        frozen: int32, pairs that were left because one factor has no update, though its partner is not zero: it is
-            taken to be frozen, and balancing would move it.
+        frozen: int32, pairs that were left because one factor has no update, though neither is zero: it is taken to be
+            frozen, and balancing would move it.
         disturbed: int32, how often a pair that an update left balanced did not come back so: something after the
             projection, in the chain or around it, changes its updates, or the parameters were set by hand.
         balanced: `(pairs)` bool, those that the last update left balanced.
