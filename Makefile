@@ -29,7 +29,8 @@ wheel: $(VENV)/installed
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	empty=$$(mktemp -d) && trap 'rm -rf "$$empty"' EXIT && $(BIN)/python -m venv "$$empty/venv" && \
 	"$$empty/venv/bin/pip" install --quiet --disable-pip-version-check dist/*.whl && cd "$$empty" && \
-	venv/bin/balora-jax generate school-math --prompt "What is 3 + 4?" --max-new-tokens 8
+	venv/bin/balora-jax run "$(CURDIR)/configs/quickstart.py" --training.steps 4 --training.eval-every 4 \
+		--data.train-examples 100 --data.eval-examples 10 --optimizer.learning-rate 0.003 --seed 0
 
 $(VENV)/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it with make PYTHON=..." >&2; exit 2; }
