@@ -13,8 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from balora_jax.gauge import Gauge, Route, check_gauge, check_route, matmul
-from balora_jax.stacks import balance_stacks, in_place, split
+from balora_jax.gauge import Gauge, Route, check_gauge, check_route
+from balora_jax.linalg import matmul, split
+from balora_jax.stacks import balance_stacks, in_place
 
 
 class Balanced(NamedTuple):
@@ -77,8 +78,8 @@ def balance(
     Returns:
         The two factors in the shapes and dtypes of the inputs. A pair whose product has numerical rank below
         `min(a, r, b)` (a fresh adapter with `B = 0`, say) has no balanced form that keeps every direction trainable and
-        is returned unchanged; so is a pair with a NaN or an infinity, one whose factors cancel beyond what
-        float64 can resolve, or one whose balanced factors their dtype cannot hold. `balance_pair` tells which. With
+        is returned unchanged; so is a pair with a NaN or an infinity, one whose factors cancel beyond what the
+        arithmetic can resolve, or one whose balanced factors their dtype cannot hold. `balance_pair` tells which. With
         `r > min(a, b)` the gauges `"svd"` and `"raw_svd"` leave `r - min(a, b)` columns of zeros, which the product
         does not need.
 
@@ -91,12 +92,10 @@ def balance(
         Costs O((a + b) r^2) per pair, almost all of it in four matrix products. Factors are read and written in float32
         or wider; half-precision ones lose about three digits of balance when the result is rounded back. On CPUs and
         GPUs a float32 pair keeps its product to about 3e-7, and its balancing gap is as small, at scales from 1e-20 to
-        1e18 and up to condition numbers of both factors of 1e6, in every gauge; where float32 cannot give this,
-        products of these factors are computed in float64. One limit: where a well-conditioned product comes in factors
-        of condition 1e6 the gap is about 5e-5 (4e-8 at 1e5), and a second call brings it to rounding. On TPUs, which
-        lack float64, scales are as free, but beyond condition numbers of about 100 pairs are left, or come out with
-        gaps of up to 2e-3 and products that are off by more than rounding. With `r > min(a, b)` even the product can be
-        lost there: do not balance such pairs without float64.
+        1e18 and up to condition numbers of both factors of 1e6, in every gauge; where float32 cannot give this, the
+        work on these factors is done in float64. TPUs lack float64: products and gaps are as small there (5e-7 and
+        1e-6), but pairs that float32 cannot carry are skipped: those whose columns nearly depend on each other, or
+        whose terms cancel in `A T` or in the product.
 
     Source: arXiv 2605.31484 (the projection onto the hyper-balanced set).
 
@@ -168,16 +167,13 @@ def balance_pairs(
     return [outcome._replace(lora_a=a, lora_b=b) for outcome, (a, b) in zip(outcomes, factors, strict=True)]
 
 
-def changed_pairs(
-    pairs: Sequence[tuple[jax.Array, jax.Array]], *, gauge: str, route: str, overwrite: bool = False
-) -> list[Balanced]:
+def changed_pairs(pairs: Sequence[tuple[jax.Array, jax.Array]], *, gauge: str, route: str) -> list[Balanced]:
     """As `balance_pairs` of checked arguments, but the factors of pairs that are left need not be as they came.
 
     Args:
         pairs: `(lora_a (..., a, r), lora_b (..., r, b))` each.
         gauge: as for `balance`.
         route: as for `balance`.
-        overwrite: whether the factors are temporary to the caller's program, which then needs less memory.
     """
     pairs = _without_derivative(list(pairs))
     groups: dict[tuple, list[int]] = {}
@@ -189,7 +185,7 @@ def changed_pairs(
     for (_, wide, _), members in groups.items():
         lefts = [pairs[i][0].reshape(-1, *pairs[i][0].shape[-2:]).astype(wide) for i in members]
         rights = [pairs[i][1].reshape(-1, *pairs[i][1].shape[-2:]).astype(wide) for i in members]
-        new_lefts, new_rights, *over_pairs = balance_stacks(lefts, rights, gauge, route, overwrite=overwrite)
+        new_lefts, new_rights, *over_pairs = balance_stacks(lefts, rights, gauge, route)
         for i, *new in zip(members, new_lefts, new_rights, *(split(x, lefts) for x in over_pairs), strict=True):
             results[i] = _rounded(pairs[i], Balanced(*new))
     return results  # type: ignore[return-value]

@@ -31,6 +31,7 @@ commands:
       continue texts
 
 Every field of the config can be set: balora-jax run CONFIG --help lists them. The others have --help too.
+With --offline (or HF_HUB_OFFLINE=1 in the environment) the Hugging Face hub is not asked for models and data.
 """
 
 _COMMANDS = "run", "estimate", "export", "inspect", "balance", "merge", "evaluate", "generate"
@@ -61,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _called(arguments: list[str]) -> int:
     # read when JAX first calls LAPACK: threads slow r x r matrices down, by a lot where other programs use the cores
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if "--offline" in arguments:
+        arguments = [argument for argument in arguments if argument != "--offline"]
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries that ask are imported, which is later
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     try:
         if command in _COMMANDS:

@@ -1,11 +1,19 @@
 """Files that are read and written whole: JSON that may hold anything, and writes that follow no link."""
 
 import contextlib
+import itertools
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+MOST_NESTED = 100
+"""How deep JSON may be nested: readers and writers of it call themselves for every level."""
+
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_OTHERS = re.compile(r"[^\[\]{}]+")
 
 
 def read_json(path: Path) -> Any:
@@ -14,12 +22,31 @@ def read_json(path: Path) -> Any:
     Raises:
         ValueError: it is not JSON, not in UTF-8, or nested too deeply; the message names the file.
     """
+    content = path.read_bytes()
     try:
-        return json.loads(path.read_bytes())
+        text = content.decode(json.detect_encoding(content))
+        if not is_nested_too_deeply(text):
+            return json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path} is JSON that is nested too deeply to be read") from error
+    raise ValueError(f"{path} must be JSON that is nested at most {MOST_NESTED} deep")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """As `read_json`, of a file that holds an object; raises `ValueError` if it holds something else."""
+    fields = read_json(path)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {fields!r:.80}")
+    return fields
+
+
+def is_nested_too_deeply(text: str) -> bool:
+    """Whether JSON is nested more than `MOST_NESTED` deep."""
+    if text.count("[") + text.count("{") <= MOST_NESTED:
+        return False
+    brackets = _OTHERS.sub("", _STRING.sub("", text))
+    depths = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
+    return max(depths, default=0) > MOST_NESTED
 
 
 @contextlib.contextmanager
@@ -56,4 +83,5 @@ def system_error(error: BaseException) -> OSError | None:
 
 def open_to_append(path: Path) -> IO[str]:
     """Opens a text file to add to its end, and makes it if it does not exist; raises `OSError` if it is a link."""
-    return open(path, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+    no_follow = getattr(os, "O_NOFOLLOW", 0)  # not on Windows, where making a link needs the rights of an administrator
+    return open(path, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | no_follow, 0o666))

@@ -13,22 +13,21 @@ there:
 Every other balanced pair differs from the hyper-balanced one by a rotation, `rotation`, which the gauge chooses.
 """
 
-from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from balora_jax.linalg import matmul, orthonormal
+
 Gauge = Literal["svd", "raw_svd", "nearest", "symmetric"]
 GAUGES: tuple[str, ...] = get_args(Gauge)
 Route = Literal["auto", "exact", "iterative"]
 ROUTES: tuple[str, ...] = get_args(Route)
 
-matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-
 _MOST_STEPS = 24
-# The longest step of each part of the correction, in the spectral norm.
+# The longest step of each part of the iteration's correction, in the spectral norm.
 _LONGEST_STEP = 0.6
 
 
@@ -97,7 +96,21 @@ def exact_change(gram_a: jax.Array, gram_b: jax.Array) -> Change:
     root = jnp.sqrt(jnp.where(found[:, None], s, 1))
     forward = norm_b[:, :, None] * matmul(lower_b, vt.mT / root[:, None, :])
     inverse = matmul(u.mT / root[:, :, None], lower_a.mT) * norm_a[:, None, :]
-    return Change(forward, inverse, root**2, found & usable)
+    return _polished(Change(forward, inverse, root**2, found & usable), gram_a, gram_b)
+
+
+def _polished(change, gram_a, gram_b):
+    """The change followed by Newton steps for its inverse and for balance.
+
+    An SVD finds small singular values to the rounding of the largest alone; here each column's is what counts.
+    """
+    forward, inverse = change.forward, change.inverse
+    inverse = refined_inverse(forward, inverse)
+    p, q = _congruent(gram_a, forward), _congruent(gram_b, inverse.mT)
+    w = (_diagonal(p) + _diagonal(q)) / 2
+    step = _shortened((q - p) / (2 * (w[:, :, None] + w[:, None, :])), jnp.finfo(p.dtype).eps ** 0.25)
+    even = jnp.eye(step.shape[-1], dtype=step.dtype)[None] + matmul(step, step) / 2
+    return change._replace(forward=matmul(forward, even + step), inverse=matmul(even - step, inverse))
 
 
 def iterative_change(gram_a: jax.Array, gram_b: jax.Array) -> Change:
@@ -133,7 +146,7 @@ def iterative_change(gram_a: jax.Array, gram_b: jax.Array) -> Change:
         tangent = tilt / (jnp.abs(apart) + jnp.sqrt(apart**2 + tilt**2) + jnp.finfo(dtype).tiny)
         turn = tangent * jnp.where(apart == 0, sense, jnp.sign(apart))
         error = (jnp.maximum(jnp.abs(q - p), jnp.abs(tilt)) / jnp.sqrt(w_i * w_j)).max((1, 2))
-        return _shortened(move) - _shortened(turn), error
+        return _shortened(move, _LONGEST_STEP) - _shortened(turn, _LONGEST_STEP), error
 
     def unfinished(carry):
         steps, _, _, error = carry
@@ -145,9 +158,7 @@ def iterative_change(gram_a: jax.Array, gram_b: jax.Array) -> Change:
         square = matmul(step, step)
         odd, even = step + matmul(square, step) / 6, identity + square / 2
         forward, inverse = matmul(forward, even + odd), matmul(even - odd, inverse)
-        # a step of Newton's method for the inverse: the product A B rests on it
-        inverse = 2 * inverse - matmul(inverse, matmul(forward, inverse))
-        return steps + 1, forward, inverse, error
+        return steps + 1, forward, refined_inverse(forward, inverse), error
 
     norm_a, norm_b = column_norms(gram_a), column_norms(gram_b)
     usable = _positive(norm_a) & _positive(norm_b)
@@ -180,6 +191,14 @@ def chosen(condition: jax.Array, change: Change, other: Change) -> Change:
     return jax.tree.map(choose, change, other)
 
 
+def refined_inverse(forward: jax.Array, inverse: jax.Array) -> jax.Array:
+    """A step of Newton's method for inverses `(n, r, r)`: the product A B rests on them.
+
+    `T^-1 T` is what must be rounded, not `T T^-1`: its errors meet the balanced factors, which are well-conditioned.
+    """
+    return 2 * inverse - matmul(matmul(inverse, forward), inverse)
+
+
 def turned(change: Change, turn: jax.Array) -> Change:
     """The change followed by a rotation `(n, r, r)` of the balanced pairs."""
     return change._replace(forward=matmul(change.forward, turn), inverse=matmul(turn.mT, change.inverse))
@@ -210,7 +229,7 @@ def polar(matrix: jax.Array) -> jax.Array:
     def one(matrix):
         finite = jnp.isfinite(matrix).all()
         u, _, vt = jnp.linalg.svd(jnp.where(finite, matrix, 0), full_matrices=False)
-        return matmul(u, vt)
+        return orthonormal(matmul(u, vt))
 
     return lax.map(one, matrix)
 
@@ -285,7 +304,7 @@ def _congruent(gram, change):
     return matmul(matmul(change.mT, gram), change)
 
 
-def _shortened(step):
-    """Symmetric or skew steps `(n, r, r)`, scaled down where their spectral norm may exceed what an iteration bears."""
+def _shortened(step, longest):
+    """Symmetric or skew steps `(n, r, r)`, scaled down where their spectral norm may exceed a length."""
     length = jnp.sqrt(jnp.abs(matmul(step, step)).sum(2).max(1))  # at least the spectral norm
-    return step * jnp.minimum(1, _LONGEST_STEP / jnp.where(length > 0, length, 1))[:, None, None]
+    return step * jnp.minimum(1, longest / jnp.where(length > 0, length, 1))[:, None, None]

@@ -2,12 +2,16 @@
 
 import contextlib
 import re
-import resource
 import signal
 import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
 
 _STATM = Path("/proc/self/statm")
 _MATCHING_SECONDS = 2.0
@@ -18,7 +22,7 @@ def limited(*, seconds: float, memory: int | None = None) -> Iterator[None]:
     """Lets a block raise where it would go on and on.
 
     Time is that of the processor; it is limited in the main thread, where signals arrive. Memory is limited where the
-    system tells what the process has (Linux), for all threads.
+    system tells what the process has (Linux), for all threads. On Windows nothing is limited.
 
     Args:
         seconds: for which it may compute.
@@ -34,9 +38,9 @@ def limited(*, seconds: float, memory: int | None = None) -> Iterator[None]:
         if running:
             raise TimeoutError(f"it takes more than {seconds:g} s")
 
-    timed = threading.current_thread() is threading.main_thread()
-    bounded = memory is not None and _STATM.exists()
-    before = resource.getrlimit(resource.RLIMIT_AS)
+    timed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    bounded = resource is not None and memory is not None and _STATM.exists()
+    before = resource.getrlimit(resource.RLIMIT_AS) if bounded else (0, 0)
     handler = signal.signal(signal.SIGVTALRM, stop) if timed else None
     try:
         if timed:

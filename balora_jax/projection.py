@@ -99,7 +99,7 @@ def project(
     moving = _with_updates(pairs, updates)
     old, steps = read_pairs(params, moving), read_pairs(updates, moving)
     sums = [tuple(map(_add_wide, factors, step)) for factors, step in zip(old, steps, strict=True)]
-    outcomes = changed_pairs(sums, gauge=gauge, route=route, overwrite=True)
+    outcomes = changed_pairs(sums, gauge=gauge, route=route)
     new_steps, changes, fates = [], [], {}
     for pair, factors, step, new in zip(moving, old, steps, outcomes, strict=True):
         fate = fates[pair.path_a] = _fate(new, factors, step, least_ratio)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import optax
 
-from balora_jax.gauge import matmul
+from balora_jax.linalg import matmul
 from balora_jax.pairs import Pair
 from balora_jax.sharding import sharded_like
 from balora_jax.trees import is_masked, leaves_by_path, path_text, with_leaves

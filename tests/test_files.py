@@ -1,8 +1,11 @@
 """Files that are written whole or not at all, through no link, and JSON that may hold anything."""
 
+import functools
+import json
+
 import pytest
 
-from balora_jax.files import open_to_append, read_json, system_error, whole_file
+from balora_jax.files import open_to_append, read_json, read_object, system_error, whole_file
 
 
 @pytest.mark.parametrize(
@@ -10,8 +13,9 @@ from balora_jax.files import open_to_append, read_json, system_error, whole_file
     [
         (b"{", "is not JSON: "),
         (b'{"a": "\xff"}', "is not JSON: .*utf-8"),
-        (b"[" * 200_000, "nested too deeply"),
-        (b'{"a":' * 200_000, "nested too deeply"),
+        (b"[" * 200_000, "must be JSON that is nested at most 100 deep"),
+        (b'{"a":' * 200_000, "must be JSON that is nested at most 100 deep"),
+        (b"[" * 101 + b"]" * 101, "must be JSON that is nested at most 100 deep"),
         (b"9" * 10_000, "is not JSON: .*digits"),
         (b"", "is not JSON: "),
     ],
@@ -21,6 +25,29 @@ def test_json_that_cannot_be_read_is_named(content, reason, tmp_path):
     file.write_bytes(content)
     with pytest.raises(ValueError, match=f"x.json {reason}|x.json .*{reason}"):
         read_json(file)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["[" * 200],
+        {"[{" * 60: '"[' * 60},
+        [{"a": [i]} for i in range(200)],
+        {"a": "\\" * 7 + '"' + "[" * 200, "b": "\n" + "[" * 200},
+        functools.reduce(lambda inner, _: [inner], range(99), {}),
+    ],
+)
+def test_brackets_in_texts_and_in_a_row_nest_nothing(value, tmp_path):
+    for indent in (None, 1):
+        (tmp_path / "x.json").write_text(json.dumps(value, indent=indent))
+        assert read_json(tmp_path / "x.json") == value
+
+
+@pytest.mark.parametrize("content", ["[1]", "5", '"a"', "null"])
+def test_what_is_no_object_is_refused(content, tmp_path):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=r"x.json must hold a JSON object, got "):
+        read_object(tmp_path / "x.json")
 
 
 def test_json_is_read_in_any_encoding_of_unicode(tmp_path):

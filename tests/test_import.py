@@ -49,3 +49,31 @@ def test_public_names_exist():
 
 def test_the_version_is_that_of_the_installation():
     assert balora_jax.__version__ == version("balora-jax")
+
+
+def test_what_only_some_systems_have_is_not_needed():
+    """Windows has no limits of resources, no timers, no locks of this kind and no such flag of `open`."""
+    code = """
+import os, signal, sys, tempfile
+from pathlib import Path
+import balora_jax.training.run  # with all libraries, which have modules for other systems
+for name in [name for name in sys.modules if name.startswith("balora_jax")] + ["resource", "fcntl"]:
+    del sys.modules[name]
+sys.modules["resource"] = sys.modules["fcntl"] = None
+for module, names in ((signal, ("setitimer", "SIGVTALRM", "ITIMER_VIRTUAL")), (os, ("O_NOFOLLOW", "sysconf"))):
+    for name in names:
+        delattr(module, name)
+from balora_jax.limits import compiled, limited
+from balora_jax.training.config import Config
+from balora_jax.training.memory import memory_limit
+from balora_jax.training.records import RunDirectory
+assert compiled("a+").fullmatch("aa")
+with limited(seconds=1, memory=2**20):
+    pass
+assert memory_limit() > 2**30
+directory = RunDirectory(Path(tempfile.mkdtemp()), {"lora": Config(name="x")})
+directory.append([{"kind": "checkpoint", "population": "lora", "step": 1}])
+directory.close()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr

@@ -121,7 +121,7 @@ def test_one_factor_far_worse_conditioned_than_the_other(conditions, rank):
     outcome = balance_pair(a, b)
     assert not outcome.untouched
     assert product_error((a, b), outcome[:2]) < 1.2e-6
-    assert gap(*outcome[:2]) < (3e-6 if max(conditions) <= 1e4 else 3e-5)
+    assert gap(*outcome[:2]) < 1e-6
 
 
 @pytest.mark.parametrize("turn", [False, True], ids=["graded columns", "mixed columns"])
@@ -156,7 +156,7 @@ def test_ill_conditioned_refactorisations(condition, rank, gauge):
     outcome = balance_pair(*pair, gauge=gauge)
     assert not outcome.untouched
     assert product_error(pair, outcome[:2]) < 5e-7
-    assert gap(*outcome[:2]) < (3e-7 if condition < 1e6 else 1e-4)
+    assert gap(*outcome[:2]) < 3e-7
     with jax.enable_x64(True):
         pair = refactored(condition, rank)
         wide = balance_pair(*pair, gauge=gauge)

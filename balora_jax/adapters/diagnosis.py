@@ -33,13 +33,14 @@ class Diagnosis(NamedTuple):
     @property
     def norm(self) -> float:
         """Frobenius norm of the update."""
-        return float(np.linalg.norm(self.singular_values))
+        largest = float(self.singular_values[0])
+        return largest * float(np.linalg.norm(self.singular_values / largest)) if largest > 0 else 0.0
 
     @property
     def stable_rank(self) -> float:
         """`||W||_F^2 / ||W||^2` of the update W; 0 if it is zero."""
         largest = self.singular_values[0]
-        return float((self.singular_values**2).sum() / largest**2) if largest > 0 else 0.0
+        return float(((self.singular_values / largest) ** 2).sum()) if largest > 0 else 0.0
 
 
 def diagnose(lora_a: ArrayLike, lora_b: ArrayLike, scale: float = 1.0) -> Diagnosis:
@@ -51,7 +52,7 @@ def diagnose(lora_a: ArrayLike, lora_b: ArrayLike, scale: float = 1.0) -> Diagno
         scale: the factor s.
 
     Raises:
-        ValueError: the shapes do not form a pair, or an entry is not finite.
+        ValueError: the shapes do not form a pair, or an entry, of the factors or of their product, is not finite.
 
     Notes:
         O((in + out) r^2); nothing of the size of the weight is formed.
@@ -68,6 +69,10 @@ def diagnose(lora_a: ArrayLike, lora_b: ArrayLike, scale: float = 1.0) -> Diagno
         raise ValueError("lora_a and lora_b must be finite, got a NaN or an infinity")
     rank = a.shape[1]
     values = product_singular_values(a, b)
+    if not np.isfinite(abs(scale) * values).all():
+        raise ValueError(f"the update must be within float64, got factors of up to {abs(a).max():g}, {abs(b).max():g}")
+    unit = max(_size(a), _size(b))
+    a, b = a / unit, b / unit  # which changes none of what follows, and keeps squares within float64
     gram_a, gram_b = a.T @ a, b @ b.T
     size = np.linalg.norm(gram_a) + np.linalg.norm(gram_b)
     full = rank <= len(values) and values[rank - 1] > len(values) * np.finfo(np.float32).eps * values[0]
@@ -110,5 +115,14 @@ def product_singular_values(lora_a: np.ndarray, lora_b: np.ndarray) -> np.ndarra
         lora_a: `(a, r)`.
         lora_b: `(r, b)`.
     """
-    left, right = (np.asarray(np.linalg.qr(factor, mode="r")) for factor in (lora_a, lora_b.T))
-    return np.linalg.svd(left @ right.T, compute_uv=False)
+    size_a, size_b = _size(lora_a), _size(lora_b)
+    left, right = (
+        np.asarray(np.linalg.qr(factor, mode="r")) for factor in (lora_a / size_a, np.transpose(lora_b) / size_b)
+    )
+    with np.errstate(over="ignore"):
+        return np.linalg.svd(left @ right.T, compute_uv=False) * size_a * size_b
+
+
+def _size(factor: np.ndarray) -> float:
+    """The power of 2 at a factor's largest entry; 1 if it is zero."""
+    return float(2.0 ** np.floor(np.log2(abs(factor).max()))) if factor.any() else 1.0

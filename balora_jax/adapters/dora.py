@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.adapters.lora import LoRALinear
-from balora_jax.gauge import matmul
+from balora_jax.linalg import matmul
 from balora_jax.rematerialisation import keep
 
 

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from balora_jax.gauge import matmul
-from balora_jax.linalg import qr, svd
+from balora_jax.linalg import matmul, qr, svd
 
 Factors = tuple[jax.Array, jax.Array]
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from balora_jax.adapters.lora import Scaling, adapter_scale
-from balora_jax.files import read_json
+from balora_jax.files import read_object
 from balora_jax.limits import compiled, matching
 from balora_jax.pairs import Pair, find_pairs
 from balora_jax.trees import path_text
@@ -31,6 +31,7 @@ _TENSOR = re.compile(
 )
 _BASE_COPY = re.compile(r"base_model\.model\.(?P<module>lm_head|model\.embed_tokens)(\.base_layer)?\.weight")
 _READABLE = re.compile(r"BOOL|BF16|F(16|32|64)|[IU](8|16|32|64)")  # dtypes that NumPy has, or ml_dtypes gives it
+_FLOATING = re.compile(r"BF16|F(16|32|64)")
 _MODULE = r"(.*\.)?({})$"  # what PEFT puts around the keys of patterns
 PARTS = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 # What would change the meaning of the factors, with the values under which it does not.
@@ -327,9 +328,7 @@ def read_peft(folder: str | Path) -> PeftAdapter:
     for file in (config_file, tensor_file):
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist; a PEFT folder must hold {CONFIG_FILE} and {TENSOR_FILE}")
-    config = read_json(config_file)
-    if not isinstance(config, dict):
-        raise ValueError(f"{config_file} must hold a JSON object, got {config!r:.80}")
+    config = read_object(config_file)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{config_file}: peft_type must be 'LORA', got {config.get('peft_type')!r}")
     try:
@@ -365,7 +364,7 @@ def write_peft(adapter: PeftAdapter, folder: str | Path) -> None:
 
 def _tensor(file: Any, name: str) -> np.ndarray:
     dtype = file.get_slice(name).get_dtype()
-    if not _READABLE.fullmatch(dtype):
+    if not (_FLOATING if ".lora_" in name else _READABLE).fullmatch(dtype):
         raise ValueError(f"{TENSOR_FILE}: the tensor {name} must be of dtype F32, F16 or BF16, got {dtype}")
     tensor = file.get_tensor(name)
     if ".lora_" in name and not tensor.size:

@@ -10,7 +10,7 @@ from jax import lax
 
 from balora_jax.bures.manifold import Point, Tangent, retraction, singular_values
 from balora_jax.bures.matrix_functions import balanced, solve
-from balora_jax.gauge import matmul
+from balora_jax.linalg import matmul
 from balora_jax.transform import Pairs, balora_project
 
 SUFFICIENT_DECREASE = 0.25

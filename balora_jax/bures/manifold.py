@@ -19,7 +19,7 @@ import numpy as np
 
 from balora_jax.balance import balancing_gap
 from balora_jax.bures.matrix_functions import balanced, core_singular_values, polar, solve, sylvester, truncated
-from balora_jax.gauge import matmul
+from balora_jax.linalg import matmul
 
 
 class Point(NamedTuple):

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from balora_jax.balance import balance_pair
-from balora_jax.gauge import matmul
-from balora_jax.linalg import eigh, qr, svd
+from balora_jax.linalg import eigh, matmul, qr, svd
 
 
 def sylvester(p: jax.Array, q: jax.Array, c: jax.Array) -> jax.Array:

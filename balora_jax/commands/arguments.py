@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -107,13 +108,17 @@ def apply_overrides(
     """
     arguments, output = _take(arguments, "--output", "a folder")
     known, overridden = set(field_names()), []
-    for argument in arguments:
+    for argument, following in itertools.pairwise([*arguments, "--"]):
         if argument.startswith("--") and argument not in ("--help",):
             name = argument[2:].split("=", 1)[0].replace("-", "_")
             negated = ".".join([*name.split(".")[:-1], name.split(".")[-1].removeprefix("no_")])
             if name not in known and negated not in known:
                 raise ConfigError(f"there is no field {name}{suggestion(name)}")
-            overridden.append(name if name in known else negated)
+            field = name if name in known else negated
+            if isinstance(get_field(config, field), bool) and ("=" in argument or not following.startswith("--")):
+                part, _, last = field.rpartition(".")
+                raise ConfigError(f"{field} takes no value; write --{field} or --{part}.no-{last}")
+            overridden.append(field)
     config = parse(Config, arguments, prog=prog, default=config)
     return config, _without(config, sweep, overridden), output
 

@@ -57,8 +57,14 @@ def main(arguments: list[str]) -> int:
     console.print(_table({"before": before, "after": diagnose_adapter(new)}))
     change = max(_change(old, pair[:2]) for old, pair in zip(factors, balanced, strict=True))
     console.print(f"{len(pairs)} pairs; products changed by at most {change:.0e} of their norm: {options.out}")
-    if left := [name for name, pair in zip(pairs, balanced, strict=True) if pair.untouched.any()]:
-        console.print(f"left as they were, because their product lacks rank: {', '.join(left)}")
+    left = [name for name, pair in zip(pairs, balanced, strict=True) if pair.untouched.any()]
+    lacking = [name for name in left if np.isinf(before[name].least_condition_number)]
+    for names, why in (
+        (lacking, "their product lacks rank"),
+        ([name for name in left if name not in lacking], "their dtype cannot hold the balanced factors"),
+    ):
+        if names:
+            console.print(f"left as they were, because {why}: {', '.join(names)}")
     return 0
 
 
@@ -77,6 +83,7 @@ def _table(diagnoses: dict[str, dict[str, Diagnosis]]) -> Table:
 def _change(old, new) -> float:
     """By how much the product has changed, relative to its norm."""
     (a, b), (new_a, new_b) = ([np.asarray(factor[0], float) for factor in pair] for pair in (old, new))
-    size = np.linalg.norm(product_singular_values(a, b))
+    values = product_singular_values(a, b)
     difference = product_singular_values(np.concatenate([new_a, a], 1), np.concatenate([new_b, -b], 0))
-    return float(np.linalg.norm(difference) / size) if size else 0.0
+    largest = float(values[0]) or 1.0  # lest squares overflow
+    return float(np.linalg.norm(difference / largest)) / (float(np.linalg.norm(values / largest)) or 1.0)

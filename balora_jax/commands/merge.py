@@ -14,7 +14,7 @@ from balora_jax.commands.arguments import parse
 from balora_jax.commands.folders import check_free, copy_file, copy_other_files, explained, whole_folder
 from balora_jax.console import PlainConsole
 from balora_jax.data.hub_tokenizer import files_fingerprint, load_tokenizer, tokenizer_files
-from balora_jax.files import read_json
+from balora_jax.files import read_object
 from balora_jax.models import Decoder
 from balora_jax.models.folders import model_folder
 from balora_jax.models.weights import load_decoder, save_decoder, stored_dtypes, tensor_name
@@ -142,10 +142,7 @@ def _take_tokenizer(source: Path, folder: Path) -> list[str]:
 
 def _fields(file: Path) -> dict[str, Any]:
     with explained("MODEL"):
-        fields = read_json(file)
-    if not isinstance(fields, dict):
-        raise ConfigError(f"MODEL: {file} must hold a JSON object, got {fields!r:.80}")
-    return fields
+        return read_object(file)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -14,7 +14,7 @@ from datasets.fingerprint import Hasher
 from balora_jax.files import system_error
 from balora_jax.interruption import guarded
 
-_FORMAT = 3
+_FORMAT = 4
 """Part of every key; a change of the code that makes the same input give another output must raise it."""
 
 _SHARD = 10_000

@@ -10,6 +10,7 @@ from balora_jax.data import chat_template
 from balora_jax.data.batches import Tokenizer
 from balora_jax.data.conversations import Message, learned_spans
 from balora_jax.data.tokenizer import CharTokenizer
+from balora_jax.files import read_object
 from balora_jax.models.config_json import read_config
 from balora_jax.models.folders import model_folder
 
@@ -80,8 +81,13 @@ class HubTokenizer:
             raise ImportError(
                 f"the tokenizer of {folder} is read by the package transformers; pip install 'balora-jax[hf]'"
             ) from error
+        for file in (*tokenizer_files(folder), Path(folder) / "config.json"):
+            if file.suffix == ".json" and file.is_file():
+                read_object(file)  # named if it is broken
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+            # neither asks whether code of the folder may run, nor the hub for what is missing
+            options = {"trust_remote_code": False, "local_files_only": True}
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), **options)
         except Exception as error:  # of many types, from several libraries
             raise ValueError(f"the tokenizer of {folder} cannot be read: {type(error).__name__}: {error}") from error
         if tokenizer.eos_token_id is None:

@@ -216,7 +216,7 @@ class Published:
             )
             module = part if part and len(self.parts) > 1 else settings.recipe
             for source, found, what in zip(drawn, examples.values(), unusable, strict=True):
-                found.append(self._examples(source, module))
+                found.append(self._examples(source, module, f"rows of {module} in {settings.path or self.hub}"))
                 unusable[what] += len(source) - len(found[-1])
         return Splits(_joined(examples["training"]), _joined(examples["evaluation"]), self.score, unusable)
 
@@ -234,21 +234,26 @@ class Published:
             raise FileNotFoundError(f"data.path: {settings.path} must hold the folders {', '.join(wanted)}")
         return there or [None]
 
-    def _examples(self, source: datasets.Dataset, module: str) -> datasets.Dataset:
+    def _examples(self, source: datasets.Dataset, module: str, where: str) -> datasets.Dataset:
+        def read(row):
+            try:
+                return self.read(row)
+            except KeyError as error:
+                raise ValueError(f"{where} must have the column {error}, got the columns {', '.join(row)}") from error
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+
         def examples(batch):
             names = list(batch)
-            found = [self.read(dict(zip(names, row, strict=True))) for row in zip(*batch.values(), strict=True)]
+            found = [read(dict(zip(names, row, strict=True))) for row in zip(*batch.values(), strict=True)]
             kept = [{"module": module, **example} for example in found if example is not None]
             return {name: [example[name] for example in kept] for name in self.columns}
 
         features = datasets.Features(self.columns)
         try:
             return mapped(source, examples, features=features, key=(self.read.__name__, module), description=module)
-        except KeyError as error:
-            columns = ", ".join(source.column_names)
-            raise ValueError(f"rows of {module} must have the column {error}, got the columns {columns}") from error
-        except TypeError as error:
-            raise ValueError(f"rows of {module} have columns of other types than those published: {error}") from error
+        except UnicodeDecodeError as error:  # of parquet and of what save_to_disk wrote
+            raise ValueError(f"{where} must be texts in UTF-8: {error}") from error
 
 
 def _joined(parts: list[datasets.Dataset]) -> datasets.Dataset:
@@ -314,11 +319,14 @@ def _read_evenly(
 ) -> tuple[datasets.Dataset, int]:
     """At most `count` published examples, as many from each file or one less; and how many files give none."""
     assert settings.path is not None
-    files = [
-        file
-        for part in splits
-        for file in mathematics.list_files(settings.path, _modules_of(settings, part), split=part)
-    ]
+    try:
+        files = [
+            file
+            for part in splits
+            for file in mathematics.list_files(settings.path, _modules_of(settings, part), split=part)
+        ]
+    except OSError as error:
+        raise FileNotFoundError(f"data.path: {error}") from error
     shares = _shares(count, len(files))
     examples = written(
         lambda: (frames.row(example) for pair in zip(files, shares, strict=True) for example in read_file(*pair)),

@@ -2,15 +2,24 @@
 
 import contextlib
 import errno
+import glob
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
 
+from balora_jax.data.text_files import check_json, check_text
 from balora_jax.files import system_error
 
-_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+_READERS = {
+    ".parquet": datasets.Dataset.from_parquet,
+    ".json": datasets.Dataset.from_json,
+    ".jsonl": datasets.Dataset.from_json,
+    ".csv": partial(datasets.Dataset.from_csv, keep_default_na=False),  # where None and NA are texts
+}
+"""By the endings of files. Other than `load_dataset` they ask nobody, and follow no README.md to other files."""
 
 
 def read_source(path: str | None, *, hub: str | None, part: str | None) -> dict[str, datasets.Dataset]:
@@ -33,38 +42,71 @@ def read_source(path: str | None, *, hub: str | None, part: str | None) -> dict[
     if path is None:
         if hub is None:
             raise ValueError("data.path must be a file or a folder for data without a place on the Hub, got None")
-        return _load(hub, hub, name=part)
+        with _explained(hub):
+            return dict(datasets.load_dataset(hub, name=part))
     place = Path(path)
     if part is not None and (place / part).is_dir():
         place /= part
     if place.is_file():
-        if place.suffix not in _FORMATS:
-            raise ValueError(f"data.path must be of one of the types {', '.join(_FORMATS)}, got {place}")
-        return _load(str(place), _FORMATS[place.suffix], data_files=str(place), **_reading([place]))
+        if place.suffix not in _READERS:
+            raise ValueError(f"data.path must be of one of the types {', '.join(_READERS)}, got {place}")
+        return _read_files({"train": [place]})
     if not place.is_dir():
         raise FileNotFoundError(f"data.path: there is no file or folder {place}")
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
         with _explained(str(place)):
             saved = datasets.load_from_disk(place)
         return dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-    files = [file for file in sorted(place.rglob("*")) if file.suffix in _FORMATS]
-    if not files:
+    if not any(file.suffix in _READERS for file in place.rglob("*")):
         names = ", ".join(sorted(item.name for item in place.iterdir())) or "nothing"
         raise FileNotFoundError(
-            f"data.path: {place} must hold files of the types {', '.join(_FORMATS)}, or be made by save_to_disk; "
+            f"data.path: {place} must hold files of the types {', '.join(_READERS)}, or be made by save_to_disk; "
             f"it holds {names}"
         )
-    return _load(str(place), str(place), **_reading(files))
+    return _read_files(_split_by_name(place))
 
 
-def _reading(files: Sequence[Path]) -> dict[str, bool]:
-    """Options of the loader. In CSV, texts such as None and NA are texts."""
-    return {"keep_default_na": False} if {file.suffix for file in files} == {".csv"} else {}
+def _split_by_name(place: Path) -> dict[str, list[Path]]:
+    """The files of a folder, sorted into splits by their names and folders as on the Hub."""
+    base = glob.escape(str(place))
+    with _explained(str(place)):
+        patterns = datasets.data_files.get_data_patterns(base)
+        found = datasets.data_files.DataFilesDict.from_patterns(
+            patterns, base_path=base, allowed_extensions=list(_READERS)
+        )
+    return {str(name): [Path(file) for file in files] for name, files in found.items()}
 
 
-def _load(what: str, *arguments, **keywords) -> dict[str, datasets.Dataset]:
-    with _explained(what):
-        return dict(datasets.load_dataset(*arguments, **keywords))
+def _read_files(splits: Mapping[str, Sequence[Path]]) -> dict[str, datasets.Dataset]:
+    """Reads files of one format by their splits."""
+    by_ending = {file.suffix: file for files in splits.values() for file in files}
+    if len({_READERS[ending] for ending in by_ending}) > 1:
+        raise ValueError(f"data.path must hold files of one type, got {' and '.join(map(str, by_ending.values()))}")
+    reader, read = _READERS[min(by_ending)], {}
+    for name, files in splits.items():
+        for file in files:
+            if file.suffix != ".parquet":
+                check_text(file)
+        try:
+            with _explained(str(files[0] if len(files) == 1 else files[0].parent)), _without_a_log():
+                read[name] = reader([glob.escape(str(file)) for file in files], split=name)
+        except ValueError:
+            for file in files:
+                if reader is datasets.Dataset.from_json:
+                    check_json(file)
+            raise
+    return read
+
+
+@contextlib.contextmanager
+def _without_a_log() -> Iterator[None]:
+    """Keeps `datasets` from logging an error that is raised too."""
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
 
 
 @contextlib.contextmanager
@@ -76,7 +118,7 @@ def _explained(what: str) -> Iterator[None]:
         raise ValueError(f"cannot read {what}: a file or a split of it is empty") from error
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise FileNotFoundError(f"cannot get {what} from the Hub ({error}); set data.path to a copy of it") from error
-    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+    except (ValueError, OSError, RecursionError, datasets.exceptions.DatasetGenerationError) as error:
         reason, cache = system_error(error) or error.__cause__ or error, str(datasets.config.HF_DATASETS_CACHE)
         if isinstance(reason, OSError) and (reason.errno == errno.ENOSPC or cache in str(reason)):
             what = f"{what}, or write its copy to the cache {cache} (environment variable HF_DATASETS_CACHE)"

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from balora_jax.files import read_json
+from balora_jax.files import read_object
 from balora_jax.models.decoder import SIZES, DecoderConfig, RopeScaling
 
 # What each family does that its config.json does not say.
@@ -62,9 +62,7 @@ def read_config(folder: str | Path) -> DecoderConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a model folder must hold config.json")
-    fields = read_json(path)
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(fields).__name__}")
+    fields = read_object(path)
     try:
         return _config(fields)
     except ValueError as error:

@@ -1,13 +1,19 @@
 """Where a model's files are: a folder, a model that ships with the package, or the Hugging Face hub."""
 
 import re
+import sys
 from pathlib import Path
+
+from balora_jax.errors import printable
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 
 def model_folder(name: str | Path, *, weights: bool = True) -> Path:
     """Returns the folder of a model; one from the hub is fetched, or found where an earlier call left it.
+
+    Before the hub is asked a line on the standard error says so, lest a folder's name was mistyped. With the
+    environment variable `HF_HUB_OFFLINE=1` it is not asked.
 
     Args:
         name: a folder, the name of a model that ships with this package, or a name `owner/model` on the hub. The first
@@ -32,8 +38,11 @@ def model_folder(name: str | Path, *, weights: bool = True) -> Path:
 
 def _from_hub(name: str, weights: bool) -> Path:
     import huggingface_hub  # only here: it takes a while
+    from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
 
+    if not constants.HF_HUB_OFFLINE:
+        print(f"there is no folder {printable(name)}; asking the Hugging Face hub for it", file=sys.stderr)
     patterns = ["*.json", "*.jinja", *(["model*.safetensors"] if weights else [])]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))

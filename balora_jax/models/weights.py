@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from balora_jax.casting import check_cast
-from balora_jax.files import read_json
+from balora_jax.files import read_object
 from balora_jax.models.config_json import read_config, write_config
 from balora_jax.models.decoder import SIZES, Decoder
 from balora_jax.models.folders import model_folder
@@ -348,10 +348,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     if not path.is_file():
         raise FileNotFoundError(f"{folder} must hold {WEIGHTS} or {INDEX}, found neither")
-    try:
-        files = read_json(path)["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} must be JSON with a weight_map: {type(error).__name__}: {error}") from error
+    files = read_object(path).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{path}: weight_map must give the file of each tensor, got {files!r:.80}")
     return files

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from balora_jax.balance import working_dtype
-from balora_jax.gauge import matmul
+from balora_jax.linalg import matmul
 from balora_jax.optimizers.scaled import check_count, check_interval, check_params
 from balora_jax.pairs import Pair, find_pairs, read_pairs, write_pairs
 from balora_jax.trees import KeyPath, is_masked, leaves_by_path, only_leaves, path_text, with_leaves

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from balora_jax.gauge import matmul
+from balora_jax.linalg import matmul
 from balora_jax.optimizers.scaled import (
     check_adamw,
     check_interval,

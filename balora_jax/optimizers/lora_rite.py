@@ -11,11 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from balora_jax.balance import working_dtype
-from balora_jax.gauge import matmul
-from balora_jax.linalg import eigh, qr, svd
+from balora_jax.linalg import eigh, matmul, qr, split, svd
 from balora_jax.optimizers.scaled import check_adamw, check_interval, check_params, reciprocal
 from balora_jax.pairs import Pairs, find_pairs, read_pairs, write_pairs
-from balora_jax.stacks import split
 from balora_jax.trees import leaves_by_path, with_leaves
 
 

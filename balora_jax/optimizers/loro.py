@@ -7,11 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from balora_jax.balance import working_dtype
-from balora_jax.gauge import matmul
-from balora_jax.linalg import qr, svd
+from balora_jax.linalg import matmul, qr, split, svd
 from balora_jax.optimizers.scaled import check_adamw, check_count, check_params
 from balora_jax.pairs import Pairs, find_pairs, read_pairs, write_pairs
-from balora_jax.stacks import split
 
 
 class LoroState(NamedTuple):

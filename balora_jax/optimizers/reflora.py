@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from balora_jax.balance import changed_pairs, working_dtype
-from balora_jax.gauge import matmul
+from balora_jax.linalg import matmul
 from balora_jax.optimizers.scaled import check_adamw, check_interval, check_params
 from balora_jax.pairs import Pairs, find_pairs, read_pairs, write_pairs
 from balora_jax.transport import move_state

@@ -12,10 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from balora_jax.balance import working_dtype
-from balora_jax.gauge import matmul
-from balora_jax.linalg import eigh
+from balora_jax.linalg import eigh, matmul, split
 from balora_jax.pairs import Pairs, find_pairs, read_pairs, write_pairs
-from balora_jax.stacks import split
 
 ArrayPair = tuple[jax.Array, jax.Array]
 

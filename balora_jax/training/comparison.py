@@ -1,6 +1,5 @@
 """Comparing finished runs: the best cell of every method, and its difference from a reference, seed by seed."""
 
-import json
 import math
 import statistics
 from collections import Counter
@@ -11,8 +10,8 @@ from typing import Any
 
 from scipy import stats
 
-from balora_jax.files import read_json
-from balora_jax.training.records import Record, RunError
+from balora_jax.files import read_json, read_object
+from balora_jax.training.records import Record, RunError, is_record, parse_line
 
 
 @dataclass(frozen=True)
@@ -105,11 +104,13 @@ def load_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[Record]]:
     environments: list[Record] = []
     for folder in map(Path, folders):
         try:
-            configs = read_json(folder / "config.json")
-            records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            configs = read_object(folder / "config.json")
+            records = [parse_line(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             environments += read_json(folder / "environment.json")
         except (OSError, ValueError) as error:
             raise RunError(f"{folder} must be the output of a finished run: {error}") from error
+        if not all(is_record(r) and ("member" in r or r["kind"] == "checkpoint") for r in records):
+            raise RunError(f"{folder / 'metrics.jsonl'} holds a line that is no record of a run")
         results = {r["member"]: r for r in records if r["kind"] == "result"}
         curves: dict[str, dict[int, float]] = {}
         counts = Counter((r["kind"], r["member"], r["step"]) for r in records if r["kind"] != "checkpoint")

@@ -113,7 +113,7 @@ class Config:
     """One run.
 
     Attributes:
-        name: of the experiment; the default output folder is `runs/<name>`.
+        name: of the experiment, without `/`; the default output folder is `runs/<name>`.
         method: a name in `balora_jax.methods.METHODS`.
         options: names and values of the method's own numbers, where they differ from their defaults.
         seed: decides the adapters' start, the order of the data and the dropout.
@@ -300,7 +300,9 @@ def suggestion(name: str) -> str:
 
 def check(config: Config) -> None:
     """Raises `ConfigError` if a field has the wrong type or a value that cannot be run."""
-    _check_types(config, "")
+    check_types(config)
+    if not config.name.isprintable() or "/" in config.name or config.name in ("", ".", ".."):
+        raise ConfigError(f"name must do as that of a folder, got {_shown(config.name)}")
     for name in ("training.steps", "training.batch_size", "training.accumulate", "training.eval_every",
                  "training.eval_batch_size", "training.checkpoint_every", "training.keep_checkpoints",
                  "training.log_every", "adapter.rank", "balance.every", "data.length"):  # fmt: skip
@@ -351,7 +353,7 @@ def check(config: Config) -> None:
         steps, options = config.training.steps, dict(config.options)
         method.transformation(config.optimizer, config.balance, steps=steps, scale=scale, options=options)
     except (ArithmeticError, ValueError) as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(_full_name(config, str(error))) from None
     for name in method.unused_settings:
         value, default = getattr(config.optimizer, name), getattr(OptimizerSettings(), name)
         if value != default and (name, value) != ("weight_decay", 0):
@@ -361,7 +363,22 @@ def check(config: Config) -> None:
             )
 
 
-def _check_types(value: Any, prefix: str) -> None:
+def _full_name(config: Config, message: str) -> str:
+    """A method's message about one of its arguments, with the name that this has in a config."""
+    name = message.split(" ", 1)[0]
+    if name in dict(config.options):
+        return f"options: {message}"
+    part = next((part for part in ("optimizer", "balance") if f"{part}.{name}" in field_names()), None)
+    return f"{part}.{message}" if part else message
+
+
+def check_types(value: Any, prefix: str = "") -> None:
+    """Raises `ConfigError` if a field of a config, or of a part of one, has the wrong type or a number of no machine.
+
+    Args:
+        value: the config, or the part.
+        prefix: of the names of its fields in messages.
+    """
     hints = _hints(value.__class__)
     for item in dataclasses.fields(value):
         name, hint, content = f"{prefix}{item.name}", hints[item.name], getattr(value, item.name)
@@ -373,7 +390,7 @@ def _check_types(value: Any, prefix: str) -> None:
         if not _has_size(content):
             raise ConfigError(f"{name} must be within 2**63, or 2**128 if it has a point, got {_shown(content)}")
         if _is_part(content):
-            _check_types(content, f"{name}.")
+            check_types(content, f"{name}.")
 
 
 def _has_type(value: Any, hint: Any) -> bool:
@@ -381,7 +398,7 @@ def _has_type(value: Any, hint: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(_has_type(value, arg) for arg in args)
     if origin is Literal:
-        return value in args
+        return isinstance(value, str) and value in args
     if origin is tuple:
         if not isinstance(value, tuple):
             return False

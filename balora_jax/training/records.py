@@ -8,7 +8,6 @@ results.json, results.txt, figure.png    made from metrics.jsonl at the end
 """
 
 import dataclasses
-import fcntl
 import importlib.metadata
 import itertools
 import json
@@ -26,8 +25,13 @@ from typing import Any
 import jax
 
 from balora_jax.errors import ConfigError, RunError
-from balora_jax.files import open_to_append, read_json, whole_file
+from balora_jax.files import MOST_NESTED, is_nested_too_deeply, open_to_append, read_json, whole_file
 from balora_jax.training.config import Config
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where directories are not locked
+    fcntl = None  # type: ignore[assignment]
 
 _PACKAGES = ("balora-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "datasets", "grain", "numpy")
 
@@ -66,7 +70,8 @@ class RunDirectory:
         except OSError as error:
             raise ConfigError(f"cannot write to the output folder {path}: {error.strerror}") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f"another process is working in {path}; wait for it or choose another --output") from None
         self._metrics, self._members = path / "metrics.jsonl", set(members)
@@ -165,23 +170,24 @@ class RunDirectory:
         records = []
         for number, line in enumerate(lines, start=1):
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                record = parse_line(line)
+            except ValueError as error:
                 if number == len(lines):
                     break
-                raise RunError(f"{self._metrics}, line {number} is not JSON ({error}); the record is broken") from None
-            if not isinstance(record, dict) or not self._is_record(record):
+                raise RunError(f"{self._metrics}, line {number} is {error}; the record is broken") from None
+            if not self._is_own(record):
                 raise RunError(f"{self._metrics}, line {number} is no record of a run; the record is broken")
             records.append(record)
         if len(records) < len(lines) or (lines and not lines[-1].endswith("\n")):
             self._write(records)  # the process was killed, or the disk was full, while it wrote the last line
         return records
 
-    def _is_record(self, record: Record) -> bool:
+    def _is_own(self, record: Any) -> bool:
         """Whether a line is one that this run writes."""
-        kind, member = record.get("kind"), record.get("member")
-        own = kind == "checkpoint" or (kind in _KINDS and isinstance(member, str) and member in self._members)
-        return own and isinstance(record.get("population"), str) and isinstance(record.get("step"), int)
+        if not is_record(record):
+            return False
+        kind, member = record["kind"], record.get("member")
+        return kind == "checkpoint" or (kind in _KINDS and isinstance(member, str) and member in self._members)
 
     def _write(self, records: list[Record]) -> None:
         with whole_file(self._metrics) as file:
@@ -193,6 +199,22 @@ class RunDirectory:
         starts.append(environment())
         with whole_file(environments) as file:
             file.write(json.dumps(starts, indent=2) + "\n")
+
+
+def parse_line(line: str) -> Any:
+    """Returns what a line of metrics.jsonl holds; raises `ValueError`, with what it is, if it is not JSON."""
+    if is_nested_too_deeply(line):
+        raise ValueError(f"nested more than {MOST_NESTED} deep")
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from error
+
+
+def is_record(record: Any) -> bool:
+    """Whether a line of metrics.jsonl is a record."""
+    types = {"kind": str, "population": str, "step": int}
+    return isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in types.items())
 
 
 def environment() -> Record:

@@ -354,7 +354,7 @@ def load_model(settings: ModelSettings) -> Decoder:
     """Returns a new decoder; raises `ConfigError` if it cannot be loaded."""
     try:
         return load_decoder(settings.path, dtype=settings.dtype, param_dtype=settings.param_dtype, remat=settings.remat)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: {error}") from error
 
 
@@ -374,7 +374,7 @@ def load_data(settings: DataSettings, model: str = ModelSettings.path) -> tuple[
     """
     try:
         tokenizer = load_tokenizer(model, settings.tokenizer)
-    except (FileNotFoundError, ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError) as error:
         raise ConfigError(f"{'data.tokenizer' if settings.tokenizer else 'model.path'}: {error}") from error
     try:
         splits = recipes.load(settings)
@@ -386,8 +386,8 @@ def load_data(settings: DataSettings, model: str = ModelSettings.path) -> tuple[
             | recipes.check_lengths(settings, splits.train, train.kept, "training")
             | recipes.check_lengths(settings, splits.evaluation, held_out.kept, "evaluation")
         )
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(f"data: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error) if str(error).startswith("data.") else f"data: {error}") from error
     if settings.packing:
         rows = pack(train, length=settings.length, pad_id=tokenizer.pad_id)
     else:  # no longer than they must be, in multiples that devices like

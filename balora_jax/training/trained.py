@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 import jax
 import numpy as np
 
-from balora_jax.files import read_json
+from balora_jax.files import read_json, read_object
 from balora_jax.models import Decoder
 from balora_jax.training.checkpoints import Checkpoints
-from balora_jax.training.config import Config, ConfigError
+from balora_jax.training.config import Config, ConfigError, check_types
 from balora_jax.training.records import RunError
 from balora_jax.training.run import load_model, sort_into_populations
 from balora_jax.training.step import Program
@@ -87,11 +87,16 @@ def read_members(run: Path) -> dict[str, Config]:
     file = run / "config.json"
     if not file.is_file():
         raise ConfigError(f"{run} must be a run directory, but {file} does not exist")
+    members = {}
     try:
-        fields = read_json(file)
-        return {name: _built(Config, values) for name, values in fields.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        for name, values in read_object(file).items():
+            members[name] = _built(Config, values)
+            check_types(members[name])
+    except (ValueError, TypeError) as error:
         raise RunError(f"{file} is broken, or written by another version: {error}") from error
+    if not members:
+        raise RunError(f"{file} is broken: it holds no run")
+    return members
 
 
 def _only_best(run: Path, members: Mapping[str, Config]) -> str:
@@ -101,14 +106,18 @@ def _only_best(run: Path, members: Mapping[str, Config]) -> str:
     if not file.is_file():
         raise ConfigError(f"{run} is not finished; name one of its members with --member: {', '.join(members)}")
     try:
-        rows = [row for row in read_json(file) if "best" in row]
+        rows = read_json(file)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    try:
         best = {
-            member: loss
+            member: float(loss)
             for row in rows
+            if "best" in row
             for member, loss in zip(row["members"], row["evaluation_loss"]["values"], strict=True)
         }
     except (ValueError, TypeError, KeyError) as error:
-        raise RunError(f"{file} is broken: {type(error).__name__}: {error}") from error
+        raise RunError(f"{file} is broken: its rows must have members, and an evaluation loss of each") from error
     if len(best) == 1:
         return next(iter(best))
     shown = ", ".join(f"{name} ({loss:.4f})" for name, loss in sorted(best.items(), key=lambda item: item[1]))
@@ -119,8 +128,10 @@ def _only_best(run: Path, members: Mapping[str, Config]) -> str:
 
 
 def _built(kind: Any, value: Any) -> Any:
-    """A value of JSON as the type of a config's field: dataclasses from mappings, tuples from lists."""
+    """A value of JSON as the type of a config's field, if it fits: dataclasses from mappings, tuples from lists."""
     if hasattr(kind, "__dataclass_fields__"):
+        if not isinstance(value, dict):
+            raise ValueError(f"{kind.__name__} must be an object, got {value!r:.80}")
         hints = get_type_hints(kind)
         unknown = [name for name in value if name not in hints]
         if unknown:
@@ -128,10 +139,14 @@ def _built(kind: Any, value: Any) -> Any:
         return kind(**{name: _built(hints[name], item) for name, item in value.items()})
     if get_origin(kind) in (Union, types.UnionType) and value is not None:
         return _built(next(arg for arg in get_args(kind) if arg is not type(None)), value)
-    if get_origin(kind) is tuple:
+    if get_origin(kind) is tuple and isinstance(value, list):
         args = get_args(kind)
         kinds = args[:1] * len(value) if args[-1] is ... else args
-        return tuple(_built(item_kind, item) for item_kind, item in zip(kinds, value, strict=True))
+        return (
+            tuple(_built(kind, item) for kind, item in zip(kinds, value, strict=True))
+            if len(kinds) == len(value)
+            else value
+        )
     return value
 
 

@@ -37,6 +37,19 @@ def test_small_singular_values_of_a_product_are_exact():
     np.testing.assert_allclose(found, values, rtol=1e-3)
 
 
+@pytest.mark.parametrize("size", [1e-150, 1e150])
+def test_sizes_whose_squares_float64_does_not_hold(size):
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((9, 3)), rng.standard_normal((3, 7))
+    usual, found = diagnose(a, b), diagnose(size * a, size * b)
+    np.testing.assert_allclose(found.singular_values / size**2, usual.singular_values, rtol=1e-12)
+    assert found.norm / size**2 == pytest.approx(usual.norm)
+    for name in ("gap", "condition_number", "least_condition_number", "stable_rank"):
+        assert getattr(found, name) == pytest.approx(getattr(usual, name), rel=1e-9)
+    with pytest.raises(ValueError, match=r"update must be within float64, got factors of up to 2.*e\+200"):
+        diagnose(1e200 * a, 1e200 * b)
+
+
 def test_pairs_without_rank():
     fresh = diagnose(np.ones((5, 2)), np.zeros((2, 4)))
     assert (fresh.norm, fresh.stable_rank, fresh.gap) == (0, 0, 1)

@@ -89,10 +89,16 @@ def test_balance_of_dtypes_and_of_pairs_that_lack_rank(tmp_path, capsys):
         for n, dtype in enumerate(("float64", "float32", "float16"))
     }
     modules["h.10.x"] = LowRank(np.ones((9, 2), np.float32), np.zeros((2, 7), np.float32), 1.0)
+    for name, size in (("huge", 6e4), ("tiny", 1e-7)):
+        factors = (size * rng.choice((-1, 1), shape) for shape in ((9, 2), (2, 7)))
+        modules[name] = LowRank(*(factor.astype("float16") for factor in factors), 1.0)
     write_peft(from_modules(modules), tmp_path / "in")
     call("balance", tmp_path / "in", tmp_path / "out")
-    assert "left as they were, because their product lacks rank: h.10.x" in capsys.readouterr().out
-    before, after = products(tmp_path / "in"), products(tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "left as they were, because their product lacks rank: h.10.x\n" in said
+    assert "left as they were, because their dtype cannot hold the balanced factors: huge, tiny\n" in said
+    with np.errstate(over="ignore"):  # in the huge one
+        before, after = products(tmp_path / "in"), products(tmp_path / "out")
     for name, tolerance in (("h.0.x", 1e-13), ("h.1.x", 1e-5), ("h.2.x", 1e-2)):
         assert after[name].dtype == before[name].dtype
         np.testing.assert_allclose(after[name], before[name], atol=tolerance)

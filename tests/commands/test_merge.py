@@ -8,6 +8,7 @@ import shutil
 import chat_tokenizers
 import numpy as np
 import pytest
+from connections import no_connections
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -185,6 +186,14 @@ def test_merge_takes_the_tokenizer_of_the_adapter(instructed, tmp_path, capsys):
     generation = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
     assert generation == {"eos_token_id": tokenizer.eos_id, "top_k": 9}
     assert f"the eos_token_id of generation_config.json is its {tokenizer.eos_id}, in the base 0" in said
+
+
+def test_local_models_tokenizers_and_adapters_open_no_connection(instructed, tmp_path):
+    base, adapter, instruct, _ = instructed
+    with no_connections():
+        call("inspect", adapter)
+        call("merge", base, adapter, tmp_path / "merged")
+        assert load_tokenizer(tmp_path / "merged", instruct).end_ids
 
 
 def test_generate_takes_the_tokenizer_of_the_adapter(instructed, monkeypatch, fails, capsys):

@@ -238,7 +238,13 @@ def test_rewriting_template_is_used_where_it_rewrites_nothing(tmp_path):
     ("change", "error", "message"),
     [
         (lambda folder: (folder / "tokenizer.json").unlink(), FileNotFoundError, "holds no tokenizer.json"),
-        (lambda folder: (folder / "tokenizer.json").write_text("{"), ValueError, "cannot be read"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), ValueError, "tokenizer.json is not JSON"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), ValueError, "the tokenizer of .* cannot be read"),
+        *(
+            (lambda folder, name=name: (folder / name).write_text("[" * 200_000), ValueError, f"{name} must be JSON")
+            for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "config.json")
+        ),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("[1]"), ValueError, "must hold a JSON object"),
         (
             lambda folder: (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}'),
             ValueError,
@@ -301,6 +307,17 @@ def test_fingerprint_tells_tokenizers_and_templates_apart(tmp_path):
     assert build(tmp_path / "same", "qwen").fingerprint == one
     assert build(tmp_path / "template", "qwen", template=REWRITING).fingerprint != one
     assert build(tmp_path / "tokens", "llama").fingerprint != one
+
+
+def test_code_in_a_folder_never_runs(tmp_path, monkeypatch):
+    write_config(tmp_path, write(tmp_path, **FAMILIES["qwen"]))
+    fields = {"eos_token": "<|im_end|>", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # to the question whether it may
+    with pytest.raises(ValueError, match=r"cannot be read: .* custom code"):
+        load_tokenizer(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_missing_package_is_named(tmp_path, monkeypatch):

@@ -167,7 +167,7 @@ def test_a_broken_config_file_is_named(tmp_path):
 
 def test_a_config_file_that_holds_no_object_is_named(tmp_path):
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"config\.json must hold a JSON object, got list"):
+    with pytest.raises(ValueError, match=r"config\.json must hold a JSON object, got \[1\]"):
         read_config(tmp_path)
 
 

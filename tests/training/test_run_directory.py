@@ -107,6 +107,7 @@ def test_the_last_line_of_a_record_may_be_cut_anywhere(cut, tmp_path):
     "line",
     [
         "[" * 100_000,
+        '{"kind": "checkpoint", "population": "lora", "step": 1, "x": ' + "[" * 900 + "]" * 900 + "}",
         "5",
         '{"kind": "checkpoint", "population": "lora", "step": "1"}',
         '{"kind": [], "step": 1}',

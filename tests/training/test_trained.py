@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 
 from balora_jax.adapters import export_adapters, iter_adapters, load_adapters
+from balora_jax.errors import RunError
 from balora_jax.methods import get_method
 from balora_jax.models.weights import load_decoder
-from balora_jax.training import ConfigError
+from balora_jax.training import Config, ConfigError
 from balora_jax.training.checkpoints import Checkpoints
 from balora_jax.training.step import Program
 from balora_jax.training.trained import _any_batches, load_trained, read_members
@@ -67,3 +68,43 @@ def test_only_member_needs_no_name(members, tmp_path):
     assert load_trained(tmp_path).name == "lora"
     with pytest.raises(ConfigError, match="has no member loro; did you mean lora"):
         load_trained(tmp_path, "loro")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": ' * 100_000 + "1" + "}" * 100_000, "config.json must be JSON that is nested at most 100 deep"),
+        ("[1]", r"config.json must hold a JSON object, got \[1\]"),
+        ("{}", "it holds no run"),
+        ('{"a": 5}', "Config must be an object, got 5"),
+        ('{"a": {"name": "x", "training": []}}', r"TrainingSettings must be an object, got \[\]"),
+        ('{"a": {"name": "x", "training": {"steps": "3"}}}', "training.steps must be of type int, got '3'"),
+        ('{"a": {"name": "x", "seed": 1e400}}', "seed must be of type int, got inf"),
+        ('{"a": {"name": "x", "options": [["b"]]}}', r"options must be of type .*, got \(\['b'\],\)"),
+        ('{"a": {"name": "x", "options": [["b", 1, 2]]}}', r"options must be of type .*, got \(\['b', 1, 2\],\)"),
+        ('{"a": {"name": "x", "data": {"modules": 5}}}', "data.modules must be of type .*, got 5"),
+        ('{"a": {"seed": 1}}', "missing 1 required positional argument: 'name'"),
+    ],
+)
+def test_configs_of_broken_runs(text, message, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(RunError, match=f"config.json.*{message}|{message}"):
+        read_members(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "must be JSON that is nested at most 100 deep"),
+        ("5", "is broken: its rows must have members, and an evaluation loss of each"),
+        ('[{"best": {}, "members": ["a"], "evaluation_loss": {"values": []}}]', "is broken: its rows"),
+        ('[{"best": {}, "members": [["a"]], "evaluation_loss": {"values": [1]}}]', "is broken: its rows"),
+        ('[{"best": {}, "members": ["a"], "evaluation_loss": {"values": ["x"]}}]', "is broken: its rows"),
+    ],
+)
+def test_results_of_broken_runs(text, message, tmp_path):
+    configs = {name: dataclasses.asdict(Config(name=name)) for name in ("a", "b")}
+    (tmp_path / "config.json").write_text(json.dumps(configs))
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(RunError, match=f"results.json {message}"):
+        load_trained(tmp_path)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from balora_jax.data.mathematics.generation import Example
+from balora_jax.data.text_files import lines
 
 
 def read_folder(
@@ -59,17 +60,16 @@ def list_files(path: str | os.PathLike[str], modules: Sequence[str], *, split: s
 
 def read_file(path: Path, limit: int | None) -> Iterator[Example]:
     """Read the first `limit` examples of one file, or all; the errors are those of `read_folder`."""
-    with path.open(encoding="utf-8") as file:
-        lines = (line.rstrip("\r\n") for line in file)
-        for number in itertools.count() if limit is None else range(limit):
-            question, answer = next(lines, None), next(lines, None)
-            if question is None:
-                return
-            if answer is None:
-                raise ValueError(
-                    f"{path}, line {2 * number + 1}: a question without an answer, as the lines are odd in number"
-                )
-            yield Example(path.stem, question, answer)
+    texts = (line.rstrip("\r\n") for _, line in lines(path))
+    for number in itertools.count() if limit is None else range(limit):
+        question, answer = next(texts, None), next(texts, None)
+        if question is None:
+            return
+        if answer is None:
+            raise ValueError(
+                f"{path}, line {2 * number + 1}: a question without an answer, as the lines are odd in number"
+            )
+        yield Example(path.stem, question, answer)
 
 
 def _require_folder(folder: Path, parent: Path) -> None:
