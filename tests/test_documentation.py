@@ -118,6 +118,15 @@ def test_example_is_short_and_does_what_it_says(example, monkeypatch):
     assert OUTCOMES[example.stem](runpy.run_path(str(example), run_name="__main__"))
 
 
+@pytest.mark.parametrize("package", ["balora_jax", "balora_jax.adapters", "balora_jax.optimizers", "balora_jax.bures"])
+def test_every_public_name_is_in_the_reference(package):
+    public = importlib.import_module(package).__all__
+    pages = "\n".join(page.read_text() for page in PAGES if page.parent.name == "api")
+    whole = [name for name in re.findall(r"^::: (\S+)", pages, re.MULTILINE) if name in sys.modules]
+    documented = {name for module in whole for name in vars(sys.modules[module])} | set(re.findall(r"\w+", pages))
+    assert not set(public) - documented
+
+
 def test_the_page_of_methods_has_every_method_and_option():
     page = (ROOT / "docs" / "methods.md").read_text()
     overview, options = page.split("## The methods")[1].split("## Options")
