@@ -26,14 +26,14 @@ class Balanced(NamedTuple):
         lora_b: `(..., r, b)`, the new right factor.
         change: `(..., r, r)`, the change of gauge T: the new left factor is `lora_a @ T`.
         inverse_change: `(..., r, r)`, its inverse: the new right factor is `T^-1 @ lora_b`. The identity, like
-            `change`, where the pair was left. With `r > m = min(a, b)` both have rank m, and their product projects.
-        untouched: `(...)` bool, the pair was left as it came: its product has numerical rank below `min(a, r, b)`, its
+            `change`, where the pair was skipped. With `r > m = min(a, b)` both have rank m, and their product projects.
+        untouched: `(...)` bool, the pair was skipped: its product has numerical rank below `min(a, r, b)`, its
             factors cancel so far that balancing would cost digits of the product, or the balanced factors or the change
             of gauge are too large or too small for their dtype.
-        nonfinite: `(...)` bool, the pair holds a NaN or an infinity; it was left as it came.
+        nonfinite: `(...)` bool, the pair holds a NaN or an infinity; it was skipped.
         cancellation: `(...)` float32, by how many roundings of the old factors the product would move if the new ones
             were written as sums with them, `A + (A' - A)`, as optax does. About 1 near balance; without meaning where
-            the pair was left.
+            the pair was skipped.
     """
 
     lora_a: jax.Array
@@ -68,11 +68,11 @@ def balance(
               optimal-transport map between the Gaussians with covariances `A^T A` and `B B^T`.
         route: how the r x r work is done.
 
-            * `"exact"`: Cholesky factorisations and an SVD in float64 (float32 on TPUs), pair after pair.
+            * `"exact"`: Cholesky factorizations and an SVD in float64 (float32 on TPUs), pair after pair.
             * `"iterative"`: matrix products in the working precision, all pairs at once; a pair for which they do not
               converge, far from hyper-balanced as it then is, goes the exact route. The gauge `"svd"` only; inside a
               group of nearly equal singular values columns stay closest to the incoming ones.
-            * `"auto"`: iterative on accelerators, whose batched factorisations are slow, where the gauge is `"svd"`;
+            * `"auto"`: iterative on accelerators, whose batched factorizations are slow, where the gauge is `"svd"`;
               else exact.
 
     Returns:
@@ -112,7 +112,7 @@ def balance(
 
 
 def balance_pair(lora_a: jax.Array, lora_b: jax.Array, *, gauge: Gauge = "svd", route: Route = "auto") -> Balanced:
-    """As `balance`, and tells the change of gauge, and which pairs were left untouched and why.
+    """As `balance`, and tells the change of gauge, and which pairs were skipped and why.
 
     Args:
         lora_a: `(..., a, r)` left factor, floating point.

@@ -17,8 +17,8 @@ class Fate(NamedTuple):
 
     Attributes:
         balanced: it was balanced.
-        nonfinite: it was left: it holds a NaN or an infinity.
-        untouched: it was left for another reason: its product lacks rank, it is too far from balance to be carried
+        nonfinite: it was skipped: it holds a NaN or an infinity.
+        untouched: it was skipped for another reason: its product lacks rank, it is too far from balance to be carried
             there by an update, or one of the next two.
         waiting: one factor is still too small beside the other, or zero.
         frozen: one factor has no update, though neither is zero, and is taken to be frozen.
@@ -37,7 +37,7 @@ class Projected(NamedTuple):
     Attributes:
         updates: the tree of new updates.
         pairs: those that have updates.
-        changes: T and T^-1 `(n, r, r)` of each of them, the identity where a pair was left.
+        changes: T and T^-1 `(n, r, r)` of each of them, the identity where a pair was skipped.
         fate: of all pairs, those without updates too, one after the other.
     """
 

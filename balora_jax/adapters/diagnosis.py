@@ -18,7 +18,7 @@ class Diagnosis(NamedTuple):
         rank: columns of `lora_a`.
         singular_values: `(min(in, r, out),)` of the update `s A B`, descending.
         gap: relative balancing gap, see `balora_jax.balancing_gap`.
-        condition_number: of the factorisation, see `factorization_condition_number`; infinite if the product lacks rank
+        condition_number: of the factorization, see `factorization_condition_number`; infinite if the product lacks rank
             r.
         least_condition_number: of all pairs of this product.
     """

@@ -80,7 +80,7 @@ def adalora(
 
     Notes:
         The state is twice the factors, beside that of `inner`, which it wraps so that its own steps are not taken for
-        sensitivities. Costs O((a + b) r^2) per pair and step for the regulariser, whose gradient is exact: losses are
+        sensitivities. Costs O((a + b) r^2) per pair and step for the regularizer, whose gradient is exact: losses are
         reported without it. Clipping belongs into `inner`. A triplet whose score is not a number counts as the least.
         Ties go to the triplets that come first.
 

@@ -51,7 +51,7 @@ def lora_plus(
         inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        if jax.tree.leaves(params):  # optax also initialises with an empty placeholder
+        if jax.tree.leaves(params):  # optax also initializes with an empty placeholder
             find_pairs(params, pairs)
         return inner.init(params)
 

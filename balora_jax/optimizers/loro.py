@@ -91,7 +91,7 @@ def loro(
     check_count("period", period)
 
     def init_fn(params):
-        if jax.tree.leaves(params):  # optax also initialises with an empty placeholder
+        if jax.tree.leaves(params):  # optax also initializes with an empty placeholder
             find_pairs(params, pairs)
         mu, nu = (jax.tree.map(lambda x: jnp.zeros_like(x, dtype=working_dtype(x)), params) for _ in range(2))
         return LoroState(jnp.zeros((), jnp.int32), mu, nu)

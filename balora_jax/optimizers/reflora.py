@@ -70,7 +70,7 @@ def precondition_by_reflora(
     pairs = pairs if pairs is None or callable(pairs) else tuple(pairs)
 
     def init_fn(params):
-        if jax.tree.leaves(params):  # optax also initialises with an empty placeholder
+        if jax.tree.leaves(params):  # optax also initializes with an empty placeholder
             find_pairs(params, pairs)
         return RefloraState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
@@ -201,7 +201,7 @@ def reflora_s(
     inner = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)  # type: ignore[arg-type]
 
     def init_fn(params):
-        if jax.tree.leaves(params):  # optax also initialises with an empty placeholder
+        if jax.tree.leaves(params):  # optax also initializes with an empty placeholder
             find_pairs(params, pairs)
         return RefloraSState(jnp.zeros((), jnp.int32), inner.init(params))
 

@@ -169,7 +169,7 @@ def precondition(
     """
 
     def init_fn(params):
-        if jax.tree.leaves(params):  # optax also initialises with an empty placeholder
+        if jax.tree.leaves(params):  # optax also initializes with an empty placeholder
             find_pairs(params, pairs)
         return optax.EmptyState()
 
