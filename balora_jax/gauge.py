@@ -145,7 +145,8 @@ def iterative_change(gram_a: jax.Array, gram_b: jax.Array) -> Change:
         apart = w_i - w_j
         tangent = tilt / (jnp.abs(apart) + jnp.sqrt(apart**2 + tilt**2) + jnp.finfo(dtype).tiny)
         turn = tangent * jnp.where(apart == 0, sense, jnp.sign(apart))
-        error = (jnp.maximum(jnp.abs(q - p), jnp.abs(tilt)) / jnp.sqrt(w_i * w_j)).max((1, 2))
+        # not finished while anything turns: equal values may turn far, which a step of the last size does not settle
+        error = (jnp.maximum(jnp.abs(q - p), 2 * jnp.abs(tilt)) / jnp.sqrt(w_i * w_j)).max((1, 2))
         return _shortened(move, _LONGEST_STEP) - _shortened(turn, _LONGEST_STEP), error
 
     def unfinished(carry):
