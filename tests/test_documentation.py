@@ -19,7 +19,7 @@ from balora_jax.cli import main
 from balora_jax.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 OPTIONAL = {"equinox": "equinox", "keras": "keras", "sklearn": "scikit-learn", "tunix": "google-tunix"}  # who has them
 PYTHON, SHELL = (re.compile(rf"^```{kind}\n(.*?)^```$", re.MULTILINE | re.DOTALL) for kind in ("python", "sh"))
