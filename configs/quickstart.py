@@ -1,11 +1,11 @@
 """LoRA and BaLoRA on school mathematics that the shipped base has never seen: the first thing to run.
 
 Command:   balora-jax run configs/quickstart.py        (or: make quickstart)
-Time:      about 4 minutes on two CPU cores
+Time:      about 2 minutes on two CPU cores
 Model:     school-math, which ships with the package: 0.9 M parameters, pre-trained on 20 easy modules of arithmetic,
            numbers, comparison, measurement, algebra and polynomials
 Data:      five modules that were not among them
-Expected:  evaluation loss from 3.5 to below 0.8 for both methods, with no clear difference between them; BaLoRA's
+Expected:  evaluation loss from 3.4 to below 0.9 for both methods, with no clear difference between them; BaLoRA's
            relative balancing gap at rounding, LoRA's at some tenths. experiments/quickstart has the recorded outcome.
 """
 
@@ -25,20 +25,20 @@ config = Config(
         ),
         difficulty=(1, 2),
         train_examples=20_000,
-        eval_examples=250,
+        eval_examples=150,
         length=128,
     ),
     training=TrainingSettings(
-        steps=220,
+        steps=120,
         batch_size=8,
-        eval_every=44,
-        checkpoint_every=44,
+        eval_every=40,
+        checkpoint_every=40,
         members_at_once=1,  # on a CPU the runs are faster one after the other: 45 against 70 ms a step
     ),
 )
 
 sweep = {
     "method": ("lora", "balora"),
-    "optimizer.learning_rate": (1e-3, 3e-3, 1e-2, 3e-2),
+    "optimizer.learning_rate": (2e-3, 5e-3, 1.25e-2),
     "seed": (0, 1),
 }
