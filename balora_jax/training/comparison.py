@@ -62,6 +62,16 @@ class Cell:
         """The final losses, in the order of the seeds."""
         return [self.runs[seed].loss for seed in sorted(self.runs)]
 
+    @property
+    def mean(self) -> float:
+        """The mean of the final losses."""
+        return statistics.fmean(self.losses)
+
+    @property
+    def deviation(self) -> float | None:
+        """The standard deviation of the final losses over the seeds; None for one seed."""
+        return statistics.stdev(self.losses) if len(self.runs) > 1 else None
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -72,12 +82,14 @@ class Difference:
         half_width: of the 95 % confidence interval by Student's t.
         better: in how many pairs the value is below the reference.
         n: number of pairs.
+        p_value: of the paired t-test, two-sided.
     """
 
     mean: float
     half_width: float
     better: int
     n: int
+    p_value: float
 
     @property
     def verdict(self) -> str:
@@ -161,8 +173,9 @@ def best_cell(runs: Sequence[Run], fields: Sequence[str]) -> Cell | None:
         return None
     edges = []
     for index, name in enumerate(fields):
-        tried = sorted({cell[index] for cell in cells})
-        if len(tried) > 2 and best[index] in (tried[0], tried[-1]):
+        tried = {cell[index] for cell in cells}
+        numbers = all(isinstance(value, int | float) for value in tried)
+        if numbers and len(tried) > 2 and best[index] in (min(tried), max(tried)):
             edges.append(name)
     diverged = sum(not math.isfinite(run.loss) for run in runs)
     return Cell(dict(zip(fields, best, strict=True)), by_seed, tuple(edges), (len(runs), diverged))
@@ -181,9 +194,11 @@ def paired_difference(values: Sequence[float], references: Sequence[float]) -> D
     if len(values) != len(references) or len(values) < 2:
         raise ValueError(f"values and references must be as many, at least 2, got {len(values)} and {len(references)}")
     differences = [x - y for x, y in zip(values, references, strict=True)]
-    n = len(differences)
-    half_width = stats.t.ppf(0.975, n - 1) * statistics.stdev(differences) / math.sqrt(n)
-    return Difference(statistics.fmean(differences), float(half_width), sum(d < 0 for d in differences), n)
+    n, mean = len(differences), statistics.fmean(differences)
+    error = statistics.stdev(differences) / math.sqrt(n)
+    p_value = 2 * stats.t.sf(abs(mean) / error, n - 1) if error else float(mean == 0)
+    half_width = stats.t.ppf(0.975, n - 1) * error
+    return Difference(mean, float(half_width), sum(d < 0 for d in differences), n, float(p_value))
 
 
 def compare(cell: Cell, reference: Cell) -> Difference:
