@@ -21,6 +21,8 @@ commands:
       write the trained adapter of a run as a PEFT folder, or added to the weights of its base
   compare RUN ... [--reference METHOD] [--by FIELD] [--csv FILE] [--figure FILE]
       compare the methods of finished runs, each at its best cell, with one of them, seed by seed
+  report RUN ... [--output FILE] [--reference METHOD] [--by FIELD]
+      write an HTML file about finished runs, with charts, that opens without a network
   inspect ADAPTER [--figure FILE]
       show the spectrum, balance and conditioning of every pair of a PEFT adapter
   balance ADAPTER OUT [--gauge GAUGE]
@@ -36,7 +38,7 @@ Every field of the config can be set: balora-jax run CONFIG --help lists them. T
 With --offline (or HF_HUB_OFFLINE=1 in the environment) the Hugging Face hub is not asked for models and data.
 """
 
-_COMMANDS = "run", "estimate", "compare", "export", "inspect", "balance", "merge", "evaluate", "generate"
+_COMMANDS = "run", "estimate", "compare", "report", "export", "inspect", "balance", "merge", "evaluate", "generate"
 """The commands, each the `main` of a module of `balora_jax.commands`."""
 
 

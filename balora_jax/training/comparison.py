@@ -1,5 +1,6 @@
 """Comparing finished runs: the best cell of every method, and its difference from a reference, seed by seed."""
 
+import json
 import math
 import statistics
 from collections import Counter
@@ -22,11 +23,13 @@ class Run:
         config: its config, nested, as in `config.json`.
         result: its result record.
         curve: its evaluation losses by step.
+        steps: its records of training steps.
     """
 
     config: Mapping[str, Any]
     result: Record
     curve: Mapping[int, float]
+    steps: Sequence[Record] = ()
 
     def field(self, name: str) -> Any:
         """Returns the config's value of a dotted name; a list becomes a tuple."""
@@ -34,6 +37,11 @@ class Run:
         for part in name.split("."):
             value = value[part]
         return _hashable(value)
+
+    def fields(self) -> dict[str, Any]:
+        """Returns all values of the config by dotted names."""
+        names = dotted_names(self.config)
+        return {name: self.field(name) for name in names}
 
     @property
     def loss(self) -> float:
@@ -114,6 +122,7 @@ def load_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[Record]]:
     """
     runs: list[Run] = []
     environments: list[Record] = []
+    known: set[str] = set()
     for folder in map(Path, folders):
         try:
             configs = read_object(folder / "config.json")
@@ -125,6 +134,7 @@ def load_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[Record]]:
             raise RunError(f"{folder / 'metrics.jsonl'} holds a line that is no record of a run")
         results = {r["member"]: r for r in records if r["kind"] == "result"}
         curves: dict[str, dict[int, float]] = {}
+        steps: dict[str, list[Record]] = {}
         counts = Counter((r["kind"], r["member"], r["step"]) for r in records if r["kind"] != "checkpoint")
         for (kind, member, step), count in counts.items():
             if count > 1:
@@ -132,14 +142,17 @@ def load_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[Record]]:
         for record in records:
             if record["kind"] == "evaluation":
                 curves.setdefault(record["member"], {})[record["step"]] = float(record["evaluation_loss"])
+            elif record["kind"] == "train":
+                steps.setdefault(record["member"], []).append(record)
         missing = [member for member in configs if member not in results]
         if missing:
             raise RunError(f"{folder} has not finished: {missing[0]} has no result; run the same command again")
         for member, config in configs.items():
-            run = Run(config, results[member], curves[member])
-            if any(run.config == other.config for other in runs):
+            key = json.dumps(config, sort_keys=True)
+            if key in known:
                 raise ValueError(f"{folder} holds {member}, which another folder holds too")
-            runs.append(run)
+            known.add(key)
+            runs.append(Run(config, results[member], curves[member], steps.get(member, ())))
     return runs, environments
 
 
@@ -210,6 +223,14 @@ def compare(cell: Cell, reference: Cell) -> Difference:
     if cell.runs.keys() != reference.runs.keys():
         raise ValueError(f"cells must have the same seeds, got {sorted(cell.runs)} and {sorted(reference.runs)}")
     return paired_difference(cell.losses, reference.losses)
+
+
+def dotted_names(config: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Returns the dotted names of the values in nested mappings."""
+    names: list[str] = []
+    for name, value in config.items():
+        names += dotted_names(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [prefix + name]
+    return names
 
 
 def _hashable(value: Any) -> Any:

@@ -4,7 +4,7 @@ config.json        the config of every member, as it was resolved
 environment.json   versions, device, commit and command of every start
 metrics.jsonl      the record: training steps, evaluations, checkpoints, results
 checkpoints/       per population
-results.json, results.txt, figure.png    made from metrics.jsonl at the end
+results.json, results.txt, figure.png, report.html    made from metrics.jsonl at the end
 """
 
 import dataclasses

@@ -23,7 +23,7 @@ from balora_jax.data.recipes import DataSettings
 from balora_jax.files import whole_file
 from balora_jax.models import Decoder
 from balora_jax.models.weights import load_decoder
-from balora_jax.training import figures, results
+from balora_jax.training import figures, report, results
 from balora_jax.training.checkpoints import Checkpoints
 from balora_jax.training.config import (
     NUMERIC_FIELDS,
@@ -88,6 +88,7 @@ def run(config: Config, sweep: Sweep, output: Path, console: Console) -> list[di
             PlainConsole(file=file, width=results.TABLE_WIDTH).print(results.table(rows))
         with whole_file(output / "figure.png", "wb") as file:
             figures.loss_curves(directory, rows, file)
+        report.write_if_possible(output)
     except OSError as error:
         raise RunError(
             f"cannot write to {output} ({error.strerror or error}); once that is mended, the same command goes on"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from balora_jax.errors import ConfigError
-from balora_jax.training.comparison import Cell, Difference, Run, best_cell, paired_difference, sorted_by
+from balora_jax.training.comparison import Cell, Difference, Run, best_cell, dotted_names, paired_difference, sorted_by
 from balora_jax.training.results import mean_and_spread
 
 LEVEL = 0.05
@@ -14,11 +14,13 @@ LEVEL = 0.05
 
 _MEASURE = "model.", "data.", "training.steps"  # losses of other models, data and lengths are no choice of a method's
 
-_NO_CHOICE = (
-    *("name", "method", "seed", "training.checkpoint_every", "training.eval_batch_size", "training.eval_every"),
+_NO_CHOICE = "method", "seed"  # compared, and averaged over
+
+_BOOKKEEPING = (
+    *("name", "training.checkpoint_every", "training.eval_batch_size", "training.eval_every"),
     *("training.keep_checkpoints", "training.log_every", "training.max_new_tokens", "training.members_at_once"),
 )
-"""Fields that are not searched: they are compared or averaged over, or change no loss."""
+"""Fields that change no loss: they are searched only where runs differ in nothing else."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def standings(runs: Sequence[Run], *, reference: str = "lora", by: Iterable[str]
             number of steps) always do; the others are searched.
 
     Raises:
-        ConfigError: there is no such method or no such swept field, or two runs differ in nothing.
+        ConfigError: there is no such method, or no such swept field.
     """
     methods = list(dict.fromkeys(run.field("method") for run in runs))
     if reference not in methods:
@@ -79,8 +81,10 @@ def standings(runs: Sequence[Run], *, reference: str = "lora", by: Iterable[str]
         if name not in swept:
             known = ", ".join(field for field in swept if field not in _NO_CHOICE) or "none"
             raise ConfigError(f"--by must be a field in which the runs differ ({known}), got {name!r}")
-    by += [name for name in swept if name.startswith(_MEASURE) and name not in by and name not in _NO_CHOICE]
-    searched = [name for name in swept if name not in by and name not in _NO_CHOICE]
+    by += [name for name in swept if name.startswith(_MEASURE) and name not in by]
+    searched = [name for name in swept if name not in (*by, *_NO_CHOICE, *_BOOKKEEPING)]
+    if len({tuple(map(run.field, ("method", "seed", *by, *searched))) for run in runs}) < len(runs):
+        searched += [name for name in swept if name in _BOOKKEEPING and name not in by]
     found = []
     groups = sorted_by(runs, lambda run: tuple(run.field(name) for name in by))
     for values in sorted(groups, key=lambda values: [_sortable(value) for value in values]):
@@ -97,8 +101,8 @@ def standings(runs: Sequence[Run], *, reference: str = "lora", by: Iterable[str]
 
 def swept_fields(runs: Sequence[Run]) -> list[str]:
     """Returns the dotted names of the fields in which runs differ; raises `ConfigError` if they have other fields."""
-    names = _names(runs[0].config)
-    if any(_names(run.config) != names for run in runs):
+    names = dotted_names(runs[0].config)
+    if any(dotted_names(run.config) != names for run in runs):
         raise ConfigError("the runs are of versions of this program whose configs have other fields")
     return [name for name in names if len({run.field(name) for run in runs}) > 1]
 
@@ -181,10 +185,7 @@ def _standing(group: Mapping[str, Any], method: str, runs: Sequence[Run], search
     cells = sorted_by(runs, lambda run: tuple(run.field(name) for name in searched))
     diverged = sum(not all(math.isfinite(run.loss) for run in members) for members in cells.values())
     own = [name for name in searched if len({run.field(name) for run in runs}) > 1]
-    try:
-        return Standing(group, method, best_cell(runs, own), runs, (len(cells), diverged))
-    except ValueError as error:
-        raise ConfigError(f"{method}: {error}") from error
+    return Standing(group, method, best_cell(runs, own), runs, (len(cells), diverged))
 
 
 def _compared(row: Standing, reference: Cell | None) -> Standing:
@@ -200,13 +201,6 @@ def _compared(row: Standing, reference: Cell | None) -> Standing:
 def _corrected(rows: Sequence[Standing]) -> list[Standing]:
     p_values = iter(holm([row.difference.p_value for row in rows if row.difference]))
     return [replace(row, corrected=next(p_values)) if row.difference else row for row in rows]
-
-
-def _names(config: Mapping[str, Any], prefix: str = "") -> list[str]:
-    names: list[str] = []
-    for name, value in config.items():
-        names += _names(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [prefix + name]
-    return names
 
 
 def _sortable(value: Any) -> tuple:

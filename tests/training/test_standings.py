@@ -98,9 +98,20 @@ def test_what_cannot_be_compared_is_said(tmp_path):
         standings(runs, reference="dora")
     with pytest.raises(ConfigError, match=r"--by must be .* \(optimizer\.learning_rate\), got 'adapter\.rank'"):
         standings(runs, by=["adapter.rank"])
-    again = runs_of(tmp_path / "y", LOSSES, changes={"training.log_every": 7})
-    with pytest.raises(ConfigError, match=r"balora: runs must differ in .* and the seed alone"):
-        standings([*reversed(runs), *again])
+
+
+def test_bookkeeping_is_searched_only_where_runs_differ_in_nothing_else(tmp_path):
+    parts = {100: [("lora", 0.1), ("lora", 0.2)], 7: [("lora", 0.2), ("lora", 0.4)]}
+    runs = [
+        run
+        for every, keys in parts.items()
+        for run in runs_of(
+            tmp_path / str(every), {key: (1.0, 2.0) for key in keys}, changes={"training.log_every": every}
+        )
+    ]
+    apart = [run for run in runs if run.field("training.log_every") == 7 or run.field("optimizer.learning_rate") == 0.1]
+    assert standings(apart)[0].cells == (3, 0)
+    assert standings(runs)[0].cells == (4, 0)
 
 
 def test_every_method_has_a_color_of_its_own():
