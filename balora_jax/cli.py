@@ -17,12 +17,14 @@ commands:
       train and compare what a config file describes; the same command goes on after an interruption
   estimate CONFIG [--field.name VALUE ...]
       print the sizes and the memory of a step, before any weight is loaded
-  export RUN OUT [--member NAME] [--merged]
-      write the trained adapter of a run as a PEFT folder, or added to the weights of its base
+  methods
+      list the methods with their sources and their own options
   compare RUN ... [--reference METHOD] [--by FIELD] [--csv FILE] [--figure FILE]
       compare the methods of finished runs, each at its best cell, with one of them, seed by seed
   report RUN ... [--output FILE] [--reference METHOD] [--by FIELD]
       write an HTML file about finished runs, with charts, that opens without a network
+  export RUN OUT [--member NAME] [--merged]
+      write the trained adapter of a run as a PEFT folder, or added to the weights of its base
   inspect ADAPTER [--figure FILE]
       show the spectrum, balance and conditioning of every pair of a PEFT adapter
   balance ADAPTER OUT [--gauge GAUGE]
@@ -38,7 +40,10 @@ Every field of the config can be set: balora-jax run CONFIG --help lists them. T
 With --offline (or HF_HUB_OFFLINE=1 in the environment) the Hugging Face hub is not asked for models and data.
 """
 
-_COMMANDS = "run", "estimate", "compare", "report", "export", "inspect", "balance", "merge", "evaluate", "generate"
+_COMMANDS = (
+    *("run", "estimate", "methods", "compare", "report"),
+    *("export", "inspect", "balance", "merge", "evaluate", "generate"),
+)
 """The commands, each the `main` of a module of `balora_jax.commands`."""
 
 
