@@ -58,7 +58,7 @@ def loss_curves(directory: RunDirectory, rows: list[Record], file: str | Path | 
     figure.suptitle(f"{'median and range over seeds, ' if several else ''}best cell of every method", fontsize=10)
     for axes in (whole, zoomed):
         axes.grid(alpha=0.3, which="both")
-    _name_values(whole)
+    name_values(whole)
     if ceiling > floor:
         zoomed.set_ylim(floor - 0.05 * (ceiling - floor), ceiling + 0.05 * (ceiling - floor))
     if len(ends) > MOST_IN_LEGEND:
@@ -68,8 +68,8 @@ def loss_curves(directory: RunDirectory, rows: list[Record], file: str | Path | 
     figure.savefig(file, dpi=150)
 
 
-def _name_values(axes: "Axes") -> None:
-    """Writes the values at a logarithmic axis of losses, which seldom holds a power of ten."""
+def name_values(axes: "Axes") -> None:
+    """Writes the values at a logarithmic y axis of losses, which seldom holds a power of ten."""
     for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatted("{x:g}")
 
@@ -87,15 +87,30 @@ def label_ends(axes: "Axes", ends: Sequence[tuple[float, str, str]]) -> None:
         ends: the last value of a line, its name and its color.
     """
     to_axes = axes.transData + axes.transAxes.inverted()
-    height = 0.78 / max(20, len(ends))
-    places: list[float] = []
     ends = sorted(ends)
-    for value, _, _ in ends:
-        place = float(to_axes.transform((axes.get_xlim()[1], value))[1])
-        places.append(max(place, places[-1] + height) if places else place)
-    excess = max(0.0, places[-1] - 1.0)
-    for place, (_, name, color) in zip(places, ends, strict=True):
-        axes.text(1.01, place - excess, plain(name), color=color, fontsize=7, va="center", transform=axes.transAxes)
+    places = [float(to_axes.transform((axes.get_xlim()[1], value))[1]) for value, _, _ in ends]
+    shifted = apart(places, 0.78 / max(20, len(ends)))
+    lift = max(0.0, -shifted[0]) - max(0.0, shifted[-1] - 1)
+    for place, at, (_, name, color) in zip(places, (lift + at for at in shifted), ends, strict=True):
+        axes.plot([1, 1.03], [place, at], color=color, lw=0.5, transform=axes.transAxes, clip_on=False)
+        axes.text(1.035, at, plain(name), color=color, fontsize=7, va="center", transform=axes.transAxes)
+
+
+def apart(places: Sequence[float], distance: float) -> list[float]:
+    """Returns the nearest places, in the same order, that lie a distance apart: an isotonic regression.
+
+    Args:
+        places: in ascending order.
+        distance: the least between neighbors.
+    """
+    blocks: list[list[float]] = []
+    for index, place in enumerate(places):
+        blocks.append([place - index * distance])
+        while len(blocks) > 1 and statistics.fmean(blocks[-2]) >= statistics.fmean(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] += last
+    means = [statistics.fmean(block) for block in blocks for _ in block]
+    return [mean + index * distance for index, mean in enumerate(means)]
 
 
 def draw_standings(records: Sequence[Record], reference: str) -> "Figure":
@@ -169,7 +184,7 @@ def _over_numbers(records: Sequence[Record], field: str, reference: str) -> "Fig
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
     losses.set(ylabel="evaluation loss", yscale="log", title="mean and standard deviation over seeds")
-    _name_values(losses)
+    name_values(losses)
     shown = [row for row in records if row["difference"] is not None]
     differences.set(ylabel=f"loss less {reference}'s, same seed", title="mean difference and 95 % interval, enlarged")
     if shown:  # where most of the intervals are; what lies far off is seen on the left
