@@ -19,6 +19,7 @@ from flax import nnx
 from balora_jax.adapters import (
     LORA_GA,
     AdapterOffset,
+    AdapterScale,
     LoRALinear,
     adapter_scale,
     add_adapters,
@@ -186,7 +187,7 @@ class Program:
         scale = adapter_scale(state.numbers["adapter.alpha"], self.config.adapter.rank, self._method.scaling)
         for _, adapter in iter_adapters(model):
             if isinstance(adapter, LoRALinear):
-                adapter.scale[...] = jnp.full_like(adapter.scale[...], scale)
+                adapter.scale = AdapterScale(jnp.full(adapter.scale.shape, scale, adapter.scale.dtype))
         return model
 
     def _gradient_start(self, seed: int, batches: Mapping[str, Any]):
