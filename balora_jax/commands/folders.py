@@ -67,6 +67,24 @@ def check_free(out: Path) -> None:
         raise ConfigError(f"cannot write {out}: {error.strerror}") from error
 
 
+def check_holds(argument: str, folder: Path, file: str, kind: str) -> None:
+    """Raises `ConfigError` if a folder lacks the file that makes it what a command takes, before anything is imported.
+
+    Args:
+        argument: of the command line that names the folder.
+        folder: the folder.
+        file: name of the file.
+        kind: what the folder must be.
+    """
+    if not (folder / file).is_file():
+        raise ConfigError(f"{argument}: {folder / file} does not exist; {argument.lstrip('-')} must be {kind}")
+
+
+def check_peft(argument: str, folder: Path) -> None:
+    """As `check_holds`, of a PEFT folder."""
+    check_holds(argument, folder, "adapter_config.json", "a PEFT folder")
+
+
 def copy_other_files(source: Path, target: Path) -> None:
     """Copies what a folder holds beside weights, subfolders and hidden files: tokenizer, configs, texts.
 

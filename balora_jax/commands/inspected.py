@@ -1,80 +1,132 @@
-"""`balora-jax inspect`: the pairs of a PEFT adapter in numbers and as a figure."""
+"""The pairs of a PEFT adapter in numbers: a summary, a table, JSON and a figure."""
 
-import os
-from dataclasses import dataclass
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import numpy as np
 from rich import box
 from rich.table import Table
-from tyro.conf import Positional, arg
 
-from balora_jax.adapters import read_peft
-from balora_jax.adapters.diagnosis import Diagnosis, diagnose_adapter
-from balora_jax.commands.arguments import parse
-from balora_jax.commands.folders import explained
-from balora_jax.console import PlainConsole
+from balora_jax.adapters import PeftAdapter
+from balora_jax.adapters.diagnosis import Diagnosis
 from balora_jax.errors import printable
-from balora_jax.training.config import ConfigError
 
-TABLE_WIDTH = 130
-"""Columns that the table needs."""
+BALANCED = 1e-5
+"""The largest relative gap of pairs that are said to be balanced: rounding in float32 leaves no more."""
+
+Diagnoses = Mapping[str, Diagnosis]
 
 
-@dataclass(frozen=True)
-class Options:
-    """Shows the spectrum, balance and conditioning of every pair of a PEFT adapter; no base model is needed.
+def summary(diagnoses: Diagnoses) -> list[str]:
+    """Returns what all pairs have in common, and what balancing them would gain, a sentence a line.
 
-    Attributes:
-        adapter: a PEFT folder.
-        figure: file for a figure, .png or .pdf say; without an ending it gets .png.
+    Args:
+        diagnoses: by name of the module.
     """
+    found = _summary(diagnoses)
+    ranks = " to ".join(dict.fromkeys((str(found["ranks"][0]), str(found["ranks"][-1]))))
+    lines = [
+        f"{found['pairs']} {'pair' if found['pairs'] == 1 else 'pairs'} of rank {ranks}; the worst balancing gap is {found['worst_gap']:.1e}, of "
+        f"{found['worst_gap_module']}"
+    ]
+    if found["lacking_rank"]:
+        lines.append(f"the product of {found['lacking_rank']} of them lacks rank: no finite condition number")
+    if found["lacking_rank"] == found["pairs"]:
+        return lines
+    median, worst = found["median_condition_number"], found["worst_condition_number"]
+    least_median, least_worst = found["median_least_condition_number"], found["worst_least_condition_number"]
+    lines.append(
+        f"condition number: median {median:.3g}, worst {worst:.3g}; the least that pairs of these products can have: "
+        f"median {least_median:.3g}, worst {least_worst:.3g}"
+    )
+    if found["worst_gap"] <= BALANCED:
+        return [*lines, "the pairs are balanced: there is nothing to gain"]
+    shares = f"{median / least_median:.3g} times smaller, the worst {worst / least_worst:.3g} times"
+    return [*lines, f"balancing would make the median condition number {shares}"]
 
-    adapter: Annotated[Path, Positional, arg(metavar="ADAPTER")]
-    figure: Path | None = None
+
+def as_json(diagnoses: Diagnoses) -> dict[str, Any]:
+    """Returns the summary and every pair as values of JSON, which has no infinity: it is None.
+
+    Args:
+        diagnoses: by name of the module.
+    """
+    pairs = [
+        {
+            "module": name,
+            "in": diagnosis.shape[0],
+            "out": diagnosis.shape[1],
+            "rank": diagnosis.rank,
+            "singular_values": diagnosis.singular_values.tolist(),
+            "norm": diagnosis.norm,
+            "stable_rank": diagnosis.stable_rank,
+            "gap": diagnosis.gap,
+            "condition_number": _finite(diagnosis.condition_number),
+            "least_condition_number": _finite(diagnosis.least_condition_number),
+        }
+        for name, diagnosis in diagnoses.items()
+    ]
+    return {"summary": _summary(diagnoses), "pairs": pairs}
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command."""
-    options = parse(Options, arguments, prog="balora-jax inspect")
-    with explained("ADAPTER"):
-        adapter = read_peft(options.adapter)
-        diagnoses = diagnose_adapter(adapter, scaled=True)
-    console = PlainConsole(soft_wrap=True)
-    figure = options.figure
-    if figure is not None:
-        name, ending = os.path.splitext(figure)
-        figure = Path(f"{name}.png") if ending in ("", ".") else figure
-        try:
-            draw(diagnoses, figure)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot write the figure {figure}: {error}") from error
-    PlainConsole(width=max(console.width, TABLE_WIDTH)).print(_table(diagnoses))
+def _summary(diagnoses: Diagnoses) -> dict[str, Any]:
+    """The numbers of the summary; condition numbers, and the least ones, over the pairs where they are finite."""
+    worst = max(diagnoses, key=lambda name: diagnoses[name].gap)
+    finite = [diagnosis for diagnosis in diagnoses.values() if np.isfinite(diagnosis.condition_number)]
+    found = {
+        "pairs": len(diagnoses),
+        "ranks": sorted({diagnosis.rank for diagnosis in diagnoses.values()}),
+        "worst_gap": diagnoses[worst].gap,
+        "worst_gap_module": worst,
+        "lacking_rank": len(diagnoses) - len(finite),
+    }
+    for name in ("condition_number", "least_condition_number"):
+        numbers = [float(getattr(diagnosis, name)) for diagnosis in finite]
+        found[f"median_{name}"] = statistics.median(numbers) if numbers else None
+        found[f"worst_{name}"] = max(numbers, default=None)
+    return found
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def notes(adapter: PeftAdapter) -> list[str]:
+    """Returns where the products of an adapter are not what was learned, a sentence a line.
+
+    Args:
+        adapter: the adapter.
+    """
+    found = []
     if adapter.config.get("use_dora"):
-        console.print("DoRA: these are the updates of the direction, before the columns get their magnitudes")
+        found.append("DoRA: these are the updates of the direction, before the columns get their magnitudes")
     if adapter.takes_from_base:
-        console.print(
+        found.append(
             f"{adapter.config['init_lora_weights']}: what the pairs started with has been taken from the base, so that "
             "these are more than what was learned"
         )
-    if figure is not None:
-        console.print(f"figure: {figure}")
-    return 0
+    return found
 
 
-def _table(diagnoses: dict[str, Diagnosis]) -> Table:
-    table = Table(
+def table(diagnoses: Diagnoses) -> Table:
+    """Returns every pair as a row of a table.
+
+    Args:
+        diagnoses: by name of the module.
+    """
+    out = Table(
         box=box.SIMPLE_HEAD,
         caption_justify="left",
         caption="singular values, Frobenius norm and stable rank of the update; gap: relative balancing gap; "
         "condition: of the factorisation, and the least that a pair of this product has, which balanced pairs attain",
     )
     for name in ("module", "in x out", "rank", "singular values", "norm", "stable rank", "gap", "condition", "least"):
-        table.add_column(name, justify="left" if name in ("module", "in x out") else "right", no_wrap=True)
+        out.add_column(name, justify="left" if name in ("module", "in x out") else "right", no_wrap=True)
     for name, diagnosis in diagnoses.items():
         values = diagnosis.singular_values
-        table.add_row(
+        out.add_row(
             name,
             "{} x {}".format(*diagnosis.shape),
             str(diagnosis.rank),
@@ -85,10 +137,10 @@ def _table(diagnoses: dict[str, Diagnosis]) -> Table:
             f"{diagnosis.condition_number:.3g}",
             f"{diagnosis.least_condition_number:.3g}",
         )
-    return table
+    return out
 
 
-def draw(diagnoses: dict[str, Diagnosis], path: Path) -> None:
+def draw(diagnoses: Diagnoses, path: Path) -> None:
     """Draws the spectrum of every update, and its norm, gap and condition number over depth.
 
     Args:

@@ -1,66 +1,20 @@
-"""`balora-jax merge`: an adapter added to the weights of its base."""
+"""A model with its adapter added to the weights, as a folder in Hugging Face's format."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
-from tyro.conf import Positional, arg
 
-from balora_jax.adapters import MergeError, iter_adapters, load_adapters, read_peft, remove_adapters
-from balora_jax.casting import WRITABLE
-from balora_jax.commands.arguments import parse
-from balora_jax.commands.folders import check_free, copy_file, copy_other_files, explained, whole_folder
-from balora_jax.console import PlainConsole
+from balora_jax.adapters import MergeError, iter_adapters, remove_adapters
+from balora_jax.commands.folders import copy_file, copy_other_files, explained, whole_folder
 from balora_jax.data.hub_tokenizer import files_fingerprint, load_tokenizer, tokenizer_files
+from balora_jax.errors import ConfigError
 from balora_jax.files import read_object
 from balora_jax.models import Decoder
-from balora_jax.models.folders import model_folder
-from balora_jax.models.weights import load_decoder, save_decoder, stored_dtypes, tensor_name
-from balora_jax.training.config import ConfigError
+from balora_jax.models.weights import save_decoder, stored_dtypes, tensor_name
 
 _DTYPE_FIELDS = "dtype", "torch_dtype"  # of transformers 5 and 4
-
-
-@dataclass(frozen=True)
-class Options:
-    """Adds a PEFT adapter to the weights of its base model, and writes a plain folder in Hugging Face's format.
-
-    Attributes:
-        model: the base: a folder, or the name of a model that ships with the package.
-        adapter: a PEFT folder.
-        out: a new folder; config.json, the tokenizer and the other small files of the base are copied along. If the
-            adapter's folder holds a tokenizer, that one is taken.
-        dtype: of the weights that are written; default that of each in the base. Sums are formed in float32.
-    """
-
-    model: Annotated[str, Positional, arg(metavar="MODEL")]
-    adapter: Annotated[Path, Positional, arg(metavar="ADAPTER")]
-    out: Annotated[Path, Positional, arg(metavar="OUT")]
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-
-
-def main(arguments: list[str]) -> int:
-    """Runs the command."""
-    options = parse(Options, arguments, prog="balora-jax merge")
-    check_free(options.out)
-    with explained("ADAPTER"):
-        adapter = read_peft(options.adapter)
-    with explained("MODEL"):
-        folder = model_folder(options.model)
-        stored = stored_dtypes(folder)
-        if options.dtype is None and "float64" in stored:
-            raise ConfigError(
-                f"MODEL: {folder} holds weights in float64; choose one of {', '.join(WRITABLE)} (--dtype)"
-            )
-        model = load_decoder(folder, param_dtype=options.dtype or jnp.result_type(*stored).name)
-    with explained("ADAPTER"):
-        load_adapters(model, adapter)
-    notes = write_merged(model, folder, options.out, dtype=options.dtype, tokenizer=options.adapter)
-    done = f"merged {len(adapter.modules())} modules of {options.adapter} into {options.model}: {options.out}"
-    PlainConsole(soft_wrap=True).print(done, *notes, sep="\n")
-    return 0
 
 
 def write_merged(

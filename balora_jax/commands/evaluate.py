@@ -1,0 +1,30 @@
+"""`balora-jax evaluate`: a model, perhaps with an adapter, on the evaluation data of a config."""
+
+import json
+from pathlib import Path
+
+from balora_jax.commands.arguments import Flag, read_config
+from balora_jax.commands.folders import check_peft
+from balora_jax.console import PlainConsole
+
+WHAT = "Measures loss and accuracy of a model on the evaluation data of a config file."
+FLAGS = {
+    "--adapter": Flag("a PEFT folder, whose adapter is put on the model.", "a PEFT folder"),
+    "--json": Flag("prints one JSON object instead, for programs."),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command."""
+    config, sweep, given = read_config("evaluate", arguments, what=WHAT, own=FLAGS)
+    adapter = Path(given["--adapter"]) if "--adapter" in given else None
+    if adapter is not None:
+        check_peft("--adapter", adapter)
+    from balora_jax.commands.evaluated import evaluated, report  # heavy: after the cheap mistakes
+
+    found = evaluated(config, sweep, adapter)
+    if "--json" in given:
+        print(json.dumps(found))
+    else:
+        report(found, PlainConsole())
+    return 0
