@@ -15,8 +15,8 @@ from balora_jax.data.hub_tokenizer import files_fingerprint, tokenizer_files
 from balora_jax.errors import ConfigError
 from balora_jax.training.config import Config, Sweep, check
 from balora_jax.training.evaluation import accuracies, answer, evaluate_loss, what_is_not_finite
+from balora_jax.training.loading import load_data, load_model
 from balora_jax.training.memory import check_evaluation, memory_limit
-from balora_jax.training.run import load_data, load_model
 from balora_jax.training.single import Single, nothing_trained
 from balora_jax.training.step import Program
 
@@ -49,8 +49,8 @@ def evaluated(config: Config, sweep: Sweep, adapter: Path | None) -> dict[str, A
     if peft is not None:
         with explained("--adapter"):
             load_adapters(model, peft)
-    _, examples, left_out = load_data(config.data, config.model.path)
-    notes = [f"left out {count} {what}" for what, count in left_out.items() if what.startswith("evaluation")]
+    _, examples, said = load_data(config.data, config.model.path)
+    notes = list(said["evaluation"])
     own = files_fingerprint(adapter) if adapter is not None and tokenizer_files(adapter) else None
     if own not in (None, examples.tokenizer.fingerprint):
         notes.append(f"the adapter has a tokenizer of its own, which is not used; --data.tokenizer {adapter} takes it")

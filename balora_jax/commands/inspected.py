@@ -27,10 +27,9 @@ def summary(diagnoses: Diagnoses) -> list[str]:
     """
     found = _summary(diagnoses)
     ranks = " to ".join(dict.fromkeys((str(found["ranks"][0]), str(found["ranks"][-1]))))
-    lines = [
-        f"{found['pairs']} {'pair' if found['pairs'] == 1 else 'pairs'} of rank {ranks}; the worst balancing gap is {found['worst_gap']:.1e}, of "
-        f"{found['worst_gap_module']}"
-    ]
+    pairs = "1 pair" if found["pairs"] == 1 else f"{found['pairs']} pairs"
+    worst_gap = f"the worst balancing gap is {found['worst_gap']:.1e}, of {found['worst_gap_module']}"
+    lines = [f"{pairs} of rank {ranks}; {worst_gap}"]
     if found["lacking_rank"]:
         lines.append(f"the product of {found['lacking_rank']} of them lacks rank: no finite condition number")
     if found["lacking_rank"] == found["pairs"]:

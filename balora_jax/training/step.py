@@ -95,6 +95,7 @@ class Program:
     Attributes:
         config: the config of any of them.
         base: the frozen parameters, shared by all members and passed to every function.
+        trained_parameters: how many numbers one member trains.
     """
 
     def __init__(self, config: Config, base_model: Decoder):
@@ -114,6 +115,7 @@ class Program:
         model.train()
         self._train_graph, *states = nnx.split(model, nnx.LoRAParam, nnx.RngState, AdapterOffset, ...)
         self.base: nnx.State = states[-1]
+        self.trained_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(states[0]))
         model.eval()
         self._eval_graph = nnx.graphdef(model)
         self.step = jax.jit(self._step, donate_argnums=0)
@@ -164,7 +166,7 @@ class Program:
             return math.prod(array.shape[1:])
 
         return {
-            "trained_parameters": sum(map(of_member, jax.tree.leaves(state.adapters))),
+            "trained_parameters": self.trained_parameters,
             "state_bytes": sum(of_member(array) * array.dtype.itemsize for array in jax.tree.leaves(state.opt_state)),
         }
 

@@ -15,8 +15,9 @@ from balora_jax.models import Decoder
 from balora_jax.models.weights import abstract_decoder
 from balora_jax.training.checkpoints import Checkpoints
 from balora_jax.training.config import Config, ConfigError, check_types
+from balora_jax.training.loading import load_model
 from balora_jax.training.records import RunError
-from balora_jax.training.run import load_model, sort_into_populations
+from balora_jax.training.run import sort_into_populations
 from balora_jax.training.step import Program, TrainState
 
 
