@@ -30,9 +30,7 @@ from balora_jax.adapters import (
     LoRALinear,
 )
 from balora_jax.adapters.lora import Scaling
-from balora_jax.gauge import Gauge
 from balora_jax.optimizers import (
-    OptimizerSettings,
     adalora,
     adamw,
     clipped,
@@ -47,27 +45,8 @@ from balora_jax.optimizers import (
     scaled_adamw,
     scaled_gd,
 )
+from balora_jax.settings import BalanceSettings, OptimizerSettings
 from balora_jax.transform import balora
-
-
-@dataclass(frozen=True)
-class BalanceSettings:
-    """How the methods that balance their adapters do it; see `balora_jax.balora`.
-
-    Attributes:
-        gauge: which balanced pair.
-        transport: whether the optimizer's moments are carried along; the paper leaves them as they are, but on language
-            models it pays (experiments/gauges).
-        every: steps between projections.
-        start_step: number of first steps without.
-        least_ratio: share of the larger factor's norm that the smaller one must have; the paper waits for nothing.
-    """
-
-    gauge: Gauge = "svd"
-    transport: bool = True
-    every: int = 1
-    start_step: int = 0
-    least_ratio: float = 0.03
 
 
 @dataclass(frozen=True)

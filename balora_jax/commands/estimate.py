@@ -6,7 +6,8 @@ from balora_jax.console import PlainConsole
 
 def main(arguments: list[str]) -> int:
     """Runs the command."""
-    config, sweep, _ = read_config("estimate", arguments)
+    what = "Prints the sizes and the memory of a step of what a config file describes, before any weight is loaded."
+    config, sweep, _ = read_config("estimate", arguments, what=what)
     from balora_jax.training import results
     from balora_jax.training.config import expand
     from balora_jax.training.estimate import estimate, report

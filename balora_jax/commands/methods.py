@@ -8,7 +8,6 @@ from rich.table import Table
 
 from balora_jax.commands.arguments import parse
 from balora_jax.console import PlainConsole
-from balora_jax.methods import METHODS
 
 TABLE_WIDTH = 120
 """Columns that the table needs."""
@@ -29,6 +28,8 @@ def main(arguments: list[str]) -> int:
 
 def table() -> Table:
     """Returns the methods as a table for people, in the order in which they are registered."""
+    from balora_jax.methods import METHODS  # heavy: not for the help
+
     out = Table(box=box.SIMPLE_HEAD, caption_justify="left")
     out.add_column("method", no_wrap=True)
     out.add_column("what it is", min_width=40)

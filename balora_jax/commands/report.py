@@ -7,11 +7,10 @@ from typing import Annotated
 from tyro.conf import Positional, UseAppendAction, arg
 
 from balora_jax.commands.arguments import parse
-from balora_jax.commands.folders import explained
+from balora_jax.commands.folders import check_runs, explained
 from balora_jax.console import PlainConsole
 from balora_jax.errors import ConfigError
 from balora_jax.files import whole_file
-from balora_jax.training.report import report_page
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,11 @@ class Options:
 def main(arguments: list[str]) -> int:
     """Runs the command."""
     options = parse(Options, arguments, prog="balora-jax report")
-    if not options.runs:
-        raise ConfigError("report needs run directories: balora-jax report RUN ...")
+    check_runs("report", options.runs)
     if options.output is None and len(options.runs) > 1:
         raise ConfigError("a report of several run directories needs --output FILE")
+    from balora_jax.training.report import report_page  # heavy: after the cheap mistakes
+
     file = options.output or options.runs[0] / "report.html"
     with explained("RUN"):
         page = report_page(options.runs, reference=options.reference, by=options.by)

@@ -2,18 +2,22 @@
 
 from pathlib import Path
 
-from balora_jax.commands.arguments import read_config
+from balora_jax.commands.arguments import Flag, read_config
 from balora_jax.console import PlainConsole
+
+WHAT = "Trains and compares what a config file describes; the same command goes on after an interruption."
+FLAGS = {"--output": Flag("the run directory; default runs/<name of the config>.", "a folder")}
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command."""
-    config, sweep, output = read_config("run", arguments)
+    config, sweep, given = read_config("run", arguments, what=WHAT, own=FLAGS)
     from balora_jax.training import results, run  # heavy: after the cheap mistakes
 
     console = PlainConsole()
-    output = output or Path("runs") / config.name
+    output = Path(given.get("--output", Path("runs") / config.name))
     rows = run(config, sweep, output, console)
     PlainConsole(width=max(console.width, results.TABLE_WIDTH)).print(results.table(rows))
-    console.print(f"record: {output}, figure: {output / 'figure.png'}", soft_wrap=True)
+    report = f", report: {output / 'report.html'}" if (output / "report.html").exists() else ""
+    console.print(f"record: {output}, figure: {output / 'figure.png'}{report}", soft_wrap=True)
     return 0

@@ -124,10 +124,17 @@ def test_nothing_is_predicted_across_texts_of_a_row(qwen, files):
 
 def test_a_text_that_is_cut_is_not_left_out(qwen, files):
     whole, _, _ = load_data(settings(files, "wikitext"), qwen)
-    cut, examples, left_out = load_data(settings(files, "wikitext", length=5), qwen)
-    assert left_out == {}
+    cut, examples, notes = load_data(settings(files, "wikitext", length=5), qwen)
+    assert not any("left out" in note for note in notes["training"] + notes["evaluation"])
     assert cut.arrays()["loss_mask"].sum() == whole.arrays()["loss_mask"].sum()
     assert examples.arrays["tokens"].shape[1] == 5
+
+
+def test_examples_that_are_asked_for_and_not_there_are_told(qwen, files):
+    (lacking,) = load_data(settings(files, "gsm8k", train_examples=50), qwen)[2]["training"]
+    assert lacking == "50 training examples asked for (data.train_examples), 18 there"
+    notes = load_data(settings(files, "alpaca", train_examples=18), qwen)[2]
+    assert [note for kind in notes.values() for note in kind] == ["left out 1 training examples of more than 96 tokens"]
 
 
 def test_conversations_need_a_chat_template(config, files):

@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from balora_jax.cli import main
+from balora_jax.console import PlainConsole
 from balora_jax.training import ConfigError, RunError, run
 from balora_jax.training.config import expand
 from balora_jax.training.evaluation import Losses
@@ -40,9 +41,28 @@ def without_time(lines):
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
-    """A finished run of the sweep: its folder and its rows."""
+    """A finished run of the sweep: its folder and its rows; beside the folder is what was said."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    return folder, run(config, SWEEP, folder, QUIET)
+    with folder.with_name("said.txt").open("w") as file:
+        return folder, run(config, SWEEP, folder, PlainConsole(file=file))
+
+
+def test_run_says_what_it_does(finished):
+    said = finished[0].with_name("said.txt").read_text()
+    first, *lines = said.splitlines()
+    assert first.startswith("12 runs in 2 populations; ")
+    assert first.endswith(f"; writes to {finished[0]}")
+    trained = 2 * 3 * 3 * (16 + 24)
+    for line, method in zip(lines[:2], ("lora", "balora"), strict=True):
+        assert re.match(rf"{method}: 6 runs of 6 steps of 2 rows; {trained} trained parameters each, \d", line), line
+    for method in ("lora", "balora"):
+        for line in (
+            r"step 0/6: evaluating \.\.\. [\d.]+ s; evaluation loss [\d.]+ at best \(METHOD-.*\), median [\d.]+",
+            r"compiling the step \.\.\. [\d.]+ s; a step needs \d+ [KM]iB of ",
+            r"step 6/6  loss [\d.]+, mean of 6 steps [\d.]+  [\d,]+ tokens/s",
+            r"step 6/6: evaluating \.\.\. ",
+        ):
+            assert re.search(f"^{method}: {line.replace('METHOD', method)}", said, re.MULTILINE), line
 
 
 def test_run_leaves_a_complete_record(finished, config):
