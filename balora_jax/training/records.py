@@ -27,6 +27,7 @@ import jax
 from balora_jax.errors import ConfigError, RunError
 from balora_jax.files import MOST_NESTED, is_nested_too_deeply, open_to_append, read_json, whole_file
 from balora_jax.training.config import Config
+from balora_jax.training.live import LiveLog
 
 try:
     import fcntl
@@ -45,6 +46,7 @@ class RunDirectory:
 
     Attributes:
         path: the folder.
+        started: when the run in it was first started.
     """
 
     def __init__(self, path: Path, members: dict[str, Config]):
@@ -75,6 +77,7 @@ class RunDirectory:
         except OSError:
             raise RunError(f"another process is working in {path}; wait for it or choose another --output") from None
         self._metrics, self._members = path / "metrics.jsonl", set(members)
+        self._watcher: LiveLog | None = None
         try:
             if config_file.exists():
                 self._check_same(_parse(config_file, dict), json.loads(json.dumps(resolved)))
@@ -89,6 +92,12 @@ class RunDirectory:
     def close(self) -> None:
         """Lets other processes use the directory."""
         self._lock.close()
+        if self._watcher is not None:
+            self._watcher.close()
+
+    def watch(self, watcher: LiveLog) -> None:
+        """Hands what is added from now on to a log too, which is closed with the directory."""
+        self._watcher = watcher
 
     def append(self, records: Iterable[Record]) -> None:
         """Adds lines to the record and waits until they are on disk."""
@@ -98,6 +107,8 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
         self.records += records
+        if self._watcher is not None:
+            self._watcher.write(records)
 
     def rewind(self, population: str, step: int) -> None:
         """Forgets what a population recorded after a step: it is about to be done again."""
@@ -197,6 +208,7 @@ class RunDirectory:
         environments = self.path / "environment.json"
         starts = _parse(environments, list) if environments.exists() else []
         starts.append(environment())
+        self.started = str(starts[0].get("time"))
         with whole_file(environments) as file:
             file.write(json.dumps(starts, indent=2) + "\n")
 

@@ -37,6 +37,7 @@ from balora_jax.training.evaluation import (
     what_is_not_finite,
 )
 from balora_jax.training.interruption import Interrupted, Interruptions
+from balora_jax.training.live import LiveLog
 from balora_jax.training.loading import base_model, load_data
 from balora_jax.training.memory import check_evaluation, check_step, memory_limit, shown, step_memory
 from balora_jax.training.plan import plan
@@ -48,7 +49,7 @@ from balora_jax.transform import check_projection, projection_states
 Members = dict[str, Config]
 
 
-def run(config: Config, sweep: Sweep, output: Path, console: Console) -> list[dict]:
+def run(config: Config, sweep: Sweep, output: Path, console: Console, *, log: str | None = None) -> list[dict]:
     """Trains every member of a sweep, or goes on where an earlier call was stopped.
 
     Args:
@@ -56,6 +57,7 @@ def run(config: Config, sweep: Sweep, output: Path, console: Console) -> list[di
         sweep: the fields in which they differ.
         output: the run directory.
         console: where progress is shown.
+        log: a name in `balora_jax.training.live.LIBRARIES`: where the metrics are shown while the run goes on.
 
     Returns:
         The rows of the result's table, which is also written to the run directory.
@@ -72,6 +74,9 @@ def run(config: Config, sweep: Sweep, output: Path, console: Console) -> list[di
         with phase(console, f"{name}: reading the base and the data"):
             programs[name] = _program(name, members)
     directory = RunDirectory(output, everyone)
+    if log is not None:
+        identity, resumed = f"{output.resolve()} {directory.started}", bool(directory.records)
+        directory.watch(LiveLog(log, output, everyone, identity=identity, resumed=resumed))
     try:
         for line in plan(populations, programs, output, len(directory.of("result"))):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
