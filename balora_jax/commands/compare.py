@@ -11,7 +11,7 @@ from balora_jax.commands.arguments import parse
 from balora_jax.commands.folders import check_runs, explained
 from balora_jax.console import PlainConsole
 
-TABLE_WIDTH = 120
+TABLE_WIDTH = 140
 """Columns that the table needs."""
 
 

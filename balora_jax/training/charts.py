@@ -63,6 +63,12 @@ def losses_over_rate(rows: Sequence[Standing]) -> Chart | None:
     return chart
 
 
+def height(chart: Chart) -> int:
+    """Returns how high a chart is in pixels: it gets room for its names, two in a row on a phone."""
+    names = sum(trace.get("showlegend", True) for trace in chart["data"])
+    return 400 + 12 * names
+
+
 def running_mean(values: Mapping[int, float]) -> dict[int, float]:
     """Returns the means of the last values, of a twentieth of all; those that are not finite stay out."""
     width, steps = max(1, len(values) // 20), sorted(values)
@@ -118,7 +124,7 @@ def _chart(traces: list[dict], x: str, y: str, *, logarithmic: bool) -> Chart:
     layout = {
         "xaxis": {"title": {"text": x}, **_AXIS},
         "yaxis": {"title": {"text": y}, "type": "log" if logarithmic else "linear", **_AXIS},
-        "legend": {"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0},
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "maxheight": 0.6},
         "margin": {"l": 60, "r": 10, "t": 36, "b": 50},
         "hovermode": "x unified",
         "plot_bgcolor": "#fff",

@@ -33,7 +33,7 @@ _NOTE = (
 )
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 0 auto; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; margin: 0.5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 0.3rem; }
 p { max-width: 75ch; overflow-wrap: anywhere; } .verdict { font-size: 1.1rem; } 
 .note { color: #555; font-size: 0.85rem; max-width: 95ch; }
@@ -41,7 +41,7 @@ p { max-width: 75ch; overflow-wrap: anywhere; } .verdict { font-size: 1.1rem; }
 th, td { padding: 0.25rem 0.7rem; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th { border-bottom: 2px solid #888; }
 .color { display: inline-block; width: 0.7em; height: 0.7em; margin-right: 0.4em; border-radius: 2px; }
-.chart { height: 450px; } pre { background: #f4f4f4; padding: 0.7rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { background: #f4f4f4; padding: 0.7rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 _SCRIPT = """
@@ -94,7 +94,8 @@ def report_page(folders: Sequence[Path], *, reference: str | None = None, by: It
     figures: list[charts.Chart] = []
     for title, chart, note in _charts(rows):
         figures.append({"id": f"chart{len(figures)}", **chart})
-        parts.append(f'<h2>{title}</h2><p class="note">{note}</p><div class="chart" id="{figures[-1]["id"]}"></div>')
+        place = f'id="{figures[-1]["id"]}" style="height: {charts.height(chart)}px"'
+        parts.append(f'<h2>{title}</h2><p class="note">{note}</p><div {place}></div>')
     swept = set(swept_fields(runs))
     shared = {name: value for name, value in runs[0].fields().items() if name not in swept}
     parts += [
