@@ -11,7 +11,7 @@ from typing import Any
 
 from scipy import stats
 
-from balora_jax.files import read_json, read_object
+from balora_jax.files import is_number, read_json, read_object
 from balora_jax.training.records import Record, RunError, is_record, parse_line
 
 
@@ -124,26 +124,16 @@ def load_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[Record]]:
     environments: list[Record] = []
     known: set[str] = set()
     for folder in map(Path, folders):
-        try:
-            configs = read_object(folder / "config.json")
-            records = [parse_line(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            environments += read_json(folder / "environment.json")
-        except (OSError, ValueError) as error:
-            raise RunError(f"{folder} must be the output of a finished run: {error}") from error
-        if not all(is_record(r) and ("member" in r or r["kind"] == "checkpoint") for r in records):
-            raise RunError(f"{folder / 'metrics.jsonl'} holds a line that is no record of a run")
+        configs, records, starts = _read_folder(folder)
+        environments += starts
         results = {r["member"]: r for r in records if r["kind"] == "result"}
-        curves: dict[str, dict[int, float]] = {}
-        steps: dict[str, list[Record]] = {}
-        counts = Counter((r["kind"], r["member"], r["step"]) for r in records if r["kind"] != "checkpoint")
-        for (kind, member, step), count in counts.items():
-            if count > 1:
-                raise RunError(f"{folder / 'metrics.jsonl'} holds {count} {kind} records of step {step} of {member}")
+        curves: dict[str, dict[int, float]] = {member: {} for member in configs}
+        steps: dict[str, list[Record]] = {member: [] for member in configs}
         for record in records:
             if record["kind"] == "evaluation":
-                curves.setdefault(record["member"], {})[record["step"]] = float(record["evaluation_loss"])
+                curves[record["member"]][record["step"]] = float(record["evaluation_loss"])
             elif record["kind"] == "train":
-                steps.setdefault(record["member"], []).append(record)
+                steps[record["member"]].append(record)
         missing = [member for member in configs if member not in results]
         if missing:
             raise RunError(f"{folder} has not finished: {missing[0]} has no result; run the same command again")
@@ -152,8 +142,50 @@ def load_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[Record]]:
             if key in known:
                 raise ValueError(f"{folder} holds {member}, which another folder holds too")
             known.add(key)
-            runs.append(Run(config, results[member], curves[member], steps.get(member, ())))
+            runs.append(Run(config, results[member], curves[member], steps[member]))
     return runs, environments
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, dict], list[Record], list[Record]]:
+    """The configs, the records of members, and the environments; raises `RunError` for what no run leaves."""
+    try:
+        configs = read_object(folder / "config.json")
+        records = [parse_line(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        environments = read_json(folder / "environment.json")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder} must be the output of a finished run: {error}") from error
+    if not configs or not all(_is_config(config) for config in configs.values()):
+        raise RunError(f"{folder / 'config.json'} must hold the configs of a run by the names of its members")
+    if not isinstance(environments, list) or not all(map(_is_environment, environments)):
+        raise RunError(f"{folder / 'environment.json'} must hold a list of the environments of a run")
+    for number, record in enumerate(records, start=1):
+        if not is_record(record) or (record["kind"] != "checkpoint" and not _is_of_member(record, configs)):
+            raise RunError(f"{folder / 'metrics.jsonl'} holds a line that is no record of a run (line {number})")
+    records = [record for record in records if record["kind"] != "checkpoint"]
+    for (kind, member, step), count in Counter((r["kind"], r["member"], r["step"]) for r in records).items():
+        if count > 1:
+            raise RunError(f"{folder / 'metrics.jsonl'} holds {count} {kind} records of step {step} of {member}")
+    return configs, records, environments
+
+
+def _is_config(config: Any) -> bool:
+    names = {"name": str, "method": str, "seed": int}
+    return isinstance(config, dict) and all(isinstance(config.get(name), kind) for name, kind in names.items())
+
+
+def _is_environment(environment: Any) -> bool:
+    return isinstance(environment, dict) and isinstance(environment.get("packages", {}), dict)
+
+
+def _is_of_member(record: Record, configs: Mapping[str, Any]) -> bool:
+    """Whether the record is of a member, and its numbers are numbers, or in text what JSON has no number for."""
+    if not isinstance(record.get("member"), str) or record["member"] not in configs:
+        return False
+    needed = {"evaluation": ("evaluation_loss",), "result": ("evaluation_loss", "diverged_at")}.get(record["kind"], ())
+    numbers = [name for name in ("evaluation_loss", "loss", "gap_mean", "diverged_at") if name in record]
+    if not record.keys() >= set(needed) or not all(is_number(record[name]) for name in numbers):
+        return False
+    return isinstance(record.get("diverged_at", 0), int)
 
 
 def sorted_by(runs: Iterable[Run], key: Callable[[Run], Hashable]) -> dict[Any, list[Run]]:
@@ -234,4 +266,6 @@ def dotted_names(config: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def _hashable(value: Any) -> Any:
-    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+    if isinstance(value, dict):
+        value = list(value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from balora_jax.errors import ConfigError, RunError
+from balora_jax.files import is_number
 
 if TYPE_CHECKING:
     from balora_jax.training.config import Config
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 LIBRARIES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 """What `--log` takes, each also an extra of this package, and the library behind it."""
-
-_NOT_FINITE = ("nan", "inf", "-inf")  # as records have them, in text
 
 
 class Member(NamedTuple):
@@ -109,7 +108,7 @@ def numbers(record: "Record") -> dict[str, float]:
     for name, value in record.items():
         values |= {f"{name}/{part}": x for part, x in value.items()} if isinstance(value, Mapping) else {name: value}
     del values["step"]
-    return {n: float(x) for n, x in values.items() if isinstance(x, int | float) or x in _NOT_FINITE}
+    return {n: float(x) for n, x in values.items() if is_number(x)}
 
 
 def _tensorboard(library: ModuleType, member: Member) -> Log:

@@ -71,3 +71,24 @@ def test_what_cannot_be_compared_raises(tmp_path):
         compare(fewer, lora)
     with pytest.raises(ValueError, match="at least 2, got 1 and 1"):
         paired_difference([1.0], [2.0])
+
+
+BROKEN = {  # file, what replaces what, what is said
+    "config of no run": ("config.json", '"method": "lora"', '"method": 3', "must hold the configs of a run"),
+    "no configs": ("config.json", None, "{}", "must hold the configs of a run"),
+    "environment": ("environment.json", None, '{"packages": {}}', "must hold a list of the environments"),
+    "packages": ("environment.json", None, '[{"packages": 3}]', "must hold a list of the environments"),
+    "no loss": ("metrics.jsonl", '"evaluation_loss": 3.0', '"evaluation_lss": 3.0', r"no record of a run \(line 1\)"),
+    "loss": ("metrics.jsonl", '"loss": 2.9', '"loss": "much"', r"no record of a run \(line 2\)"),
+    "member": ("metrics.jsonl", '"member": "lora-0.1-0"', '"member": "other"', r"no record of a run \(line 1\)"),
+}
+
+
+@pytest.mark.parametrize(("name", "old", "new", "said"), BROKEN.values(), ids=BROKEN)
+def test_broken_directories_are_said(name, old, new, said, tmp_path):
+    file = write_run(tmp_path / "x") / name
+    text = file.read_text()
+    file.write_text(new if old is None else text.replace(old, new, 1))
+    assert file.read_text() != text
+    with pytest.raises(RunError, match=said):
+        load_runs([tmp_path / "x"])
