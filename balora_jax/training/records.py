@@ -3,6 +3,7 @@
 config.json        the config of every member, as it was resolved
 environment.json   versions, device, commit and command of every start
 metrics.jsonl      the record: training steps, evaluations, checkpoints, results
+answers.jsonl      some answers of the last evaluation, with what was asked and expected, to look at
 checkpoints/       per population
 results.json, results.txt, figure.png    made from metrics.jsonl at the end
 """
@@ -98,6 +99,29 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
         self.records += records
+
+    def write_answers(self, population: str, answers: Iterable[Record]) -> None:
+        """Writes the answers of a population, in the place of those that it had.
+
+        Args:
+            population: its name.
+            answers: with the `member` that gave it; the population is added.
+
+        Raises:
+            RunError: a line of the file is broken.
+        """
+        file, kept = self.path / "answers.jsonl", []
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if file.exists() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                other = parse_line(line)["population"] != population
+            except (KeyError, TypeError, ValueError) as error:
+                raise RunError(f"{file}, line {number} is no answer ({error}); delete the file to go on") from None
+            if other:
+                kept.append(line)
+        with whole_file(file) as out:
+            out.writelines(kept)
+            out.writelines(json.dumps({"population": population} | answer) + "\n" for answer in answers)
 
     def rewind(self, population: str, step: int) -> None:
         """Forgets what a population recorded after a step: it is about to be done again."""

@@ -155,6 +155,22 @@ def test_sizes_are_recorded(finished):
         assert 0 < found["state_bytes"] - 2 * 4 * trained < 50
 
 
+def answers(folder):
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+
+
+def test_answers_are_kept_to_look_at(finished, config):
+    found = answers(finished[0])
+    assert len(found) == 12 * 10
+    for result in (line for line in records(finished[0]) if line["kind"] == "result"):
+        own = [answer for answer in found if answer["member"] == result["member"]]
+        assert len(own) == 10
+        assert np.mean([answer["right"] for answer in own]) == pytest.approx(result["accuracy"])
+        assert all((answer["step"], answer["population"]) == (6, result["population"]) for answer in own)
+    assert {answer["module"] for answer in found} <= set(config.data.modules)
+    assert all(a["right"] == (a["answer"].strip() == a["expected"].strip()) and a["prompt"] for a in found)
+
+
 def test_a_method_without_pairs_has_no_gap(config, tmp_path):
     short = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1))
     (row,) = run(short, {"method": ("full",)}, tmp_path / "full", QUIET)
@@ -224,6 +240,7 @@ def test_killed_run_goes_on_and_ends_with_the_same_numbers(config, tmp_path, cap
     assert main(["run", str(file), "--output", str(killed)]) == 0
     assert "balora: going on from step" in capsys.readouterr().out
     assert without_time(records(killed)) == without_time(records(whole))
+    assert answers(killed) == answers(whole)
 
 
 def numbers(folder):
@@ -284,6 +301,7 @@ def test_results_that_were_recorded_in_part_are_recorded_again(two_seeds, tmp_pa
     (tmp_path / "out" / "metrics.jsonl").write_text("".join(lines[:-1]))
     run(config, {"seed": (0, 1)}, tmp_path / "out", QUIET)
     assert without_time(records(tmp_path / "out")) == without_time(records(whole))
+    assert answers(tmp_path / "out") == answers(whole)
 
 
 @pytest.fixture
