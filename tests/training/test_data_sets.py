@@ -16,6 +16,7 @@ from balora_jax.models import Decoder
 from balora_jax.models.config_json import read_config
 from balora_jax.models.weights import save_decoder
 from balora_jax.training import ConfigError, ModelSettings, run
+from balora_jax.training.first_batch import first_batch
 from balora_jax.training.run import load_data
 
 pytest.importorskip("transformers", reason="the tokenizers of published models need the extra hf")
@@ -135,6 +136,14 @@ def test_examples_that_are_asked_for_and_not_there_are_told(qwen, files):
     assert lacking == "50 training examples asked for (data.train_examples), 18 there"
     notes = load_data(settings(files, "alpaca", train_examples=18), qwen)[2]
     assert [note for kind in notes.values() for note in kind] == ["left out 1 training examples of more than 96 tokens"]
+
+
+def test_turns_of_the_assistant_are_marked(config, qwen, files):
+    config = dataclasses.replace(config, model=ModelSettings(path=qwen), data=settings(files, "alpaca"))
+    texts = [line.plain for line in first_batch(config) if line.plain.startswith("text ")]
+    for text in texts:
+        number = text.split("user\nsay ")[1].split("<")[0]
+        assert text.endswith(f"<|im_end|>\n<|im_start|>assistant\n\u00abhello {number}<|im_end|>\u00bb")
 
 
 def test_conversations_need_a_chat_template(config, files):
