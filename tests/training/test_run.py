@@ -294,6 +294,50 @@ def test_a_signal_saves_what_is_done(two_seeds, where, call, signals, message, s
     assert numbers(tmp_path / "out") == numbers(whole)
 
 
+def test_a_finished_run_goes_on_to_more_steps(two_seeds, tmp_path):
+    config, finished = two_seeds
+    longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=9))
+    run(longer, {"seed": (0, 1)}, tmp_path / "whole", QUIET)
+    shutil.copytree(finished, tmp_path / "out")
+    rows = run(longer, {"seed": (0, 1)}, tmp_path / "out", QUIET)
+    assert numbers(tmp_path / "out") == numbers(tmp_path / "whole")
+    assert answers(tmp_path / "out") == answers(tmp_path / "whole")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["lora-seed=0"]["training"]["steps"] == 9
+    assert run(longer, {"seed": (0, 1)}, tmp_path / "out", QUIET) == rows
+    with pytest.raises(ConfigError, match=r"a run with training\.steps = 9, and not 6, in lora-seed=0; choose another"):
+        run(config, {"seed": (0, 1)}, tmp_path / "out", QUIET)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("optimizer__schedule", "cosine", r"the learning rate falls to zero at its end \(optimizer\.schedule cosine\)"),
+        ("method", "adalora", "the phases of adalora are shares of it"),
+    ],
+)
+def test_a_run_whose_steps_depend_on_their_number_is_not_made_longer(field, value, why, members, tmp_path):
+    short, longer = (members(training__steps=steps, **{field: value}) for steps in (6, 9))
+    RunDirectory(tmp_path / "run", {"x": short}).close()
+    before = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(ConfigError, match=rf"holds a run of 6 steps, which cannot go on to 9: {why}; choose another"):
+        RunDirectory(tmp_path / "run", {"x": longer})
+    assert (tmp_path / "run" / "config.json").read_text() == before
+
+
+def test_a_longer_run_forgets_what_was_recorded_because_it_ended(members, tmp_path):
+    short, longer = (members(training__steps=steps, training__eval_every=4) for steps in (6, 9))
+    shared = {"population": "lora", "member": "x"}
+    kept = [{**shared, "kind": "evaluation", "step": step} for step in (0, 4)] + [
+        {**shared, "kind": "train", "step": 6}
+    ]
+    directory = RunDirectory(tmp_path / "run", {"x": short})
+    directory.append([*kept, *({**shared, "kind": kind, "step": 6} for kind in ("evaluation", "result"))])
+    directory.append([{"kind": "checkpoint", "population": "lora", "step": 6}])
+    directory.close()
+    RunDirectory(tmp_path / "run", {"x": longer}).close()
+    assert records(tmp_path / "run") == [*kept, {"kind": "checkpoint", "population": "lora", "step": 6}]
+
+
 def test_results_that_were_recorded_in_part_are_recorded_again(two_seeds, tmp_path):
     config, whole = two_seeds
     shutil.copytree(whole, tmp_path / "out")
