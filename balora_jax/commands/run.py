@@ -16,6 +16,7 @@ FLAGS = {
 def main(arguments: list[str]) -> int:
     """Runs the command."""
     config, sweep, given = read_config("run", arguments, what=WHAT, own=FLAGS)
+    expand(config, sweep)  # tells of a wrong field before what follows is imported
     console = PlainConsole()
     if "--show-batch" in given:
         return _show_batches(config, sweep, console)
