@@ -62,6 +62,7 @@ class Method:
         initialisation: where the adapters start.
         scaling: how the scale follows from `alpha` and the rank.
         balanced: whether the adapters are balanced after the optimizer's steps.
+        phased: whether its phases are shares of the whole run, so that the first steps depend on the number of all.
     """
 
     summary: str
@@ -70,6 +71,7 @@ class Method:
     initialisation: Initialisation = LORA
     scaling: Scaling = "lora"
     balanced: bool = False
+    phased: bool = False
 
     @property
     def options(self) -> dict[str, float]:
@@ -245,6 +247,7 @@ METHODS = MappingProxyType(
             layer=AdaLoRALinear,
             initialisation=ADALORA,
             optimizer=_adalora,
+            phased=True,
         ),
         "balora": Method("LoRA balanced after every step (arXiv 2605.31484)", balanced=True),
         "balora_ga": Method("BaLoRA from LoRA-GA's start (arXiv 2605.31484)", initialisation=LORA_GA, balanced=True),

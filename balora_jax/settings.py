@@ -132,7 +132,8 @@ class TrainingSettings:
     """The loop.
 
     Attributes:
-        steps: number of optimizer steps.
+        steps: number of optimizer steps. A finished run goes on to more where its first steps do not depend on their
+            number: with a constant learning rate, and by any method but AdaLoRA.
         batch_size: rows per micro-batch.
         accumulate: micro-batches per step.
         eval_every: steps between evaluations; there is one before the first and one after the last step too.

@@ -53,7 +53,7 @@ def write_balanced(source: Path, out: Path, gauge: Gauge, console: Console) -> N
         ([name for name in left if name not in lacking], "their dtype cannot hold the balanced factors"),
     ):
         if names:
-            console.print(f"left as they were, because {why}: {', '.join(names)}")
+            console.print(f"skipped, because {why}: {', '.join(names)}")
 
 
 def _table(diagnoses: dict[str, dict[str, Diagnosis]]) -> Table:

@@ -13,7 +13,7 @@ from balora_jax.adapters import load_adapters, read_peft
 from balora_jax.commands.folders import explained
 from balora_jax.data.hub_tokenizer import files_fingerprint, tokenizer_files
 from balora_jax.errors import ConfigError
-from balora_jax.training.config import Config, Sweep, check
+from balora_jax.training.config import Config
 from balora_jax.training.evaluation import accuracies, answer, evaluate_loss, what_is_not_finite
 from balora_jax.training.loading import load_data, load_model
 from balora_jax.training.memory import check_evaluation, memory_limit
@@ -21,12 +21,11 @@ from balora_jax.training.single import Single, nothing_trained
 from balora_jax.training.step import Program
 
 
-def evaluated(config: Config, sweep: Sweep, adapter: Path | None) -> dict[str, Any]:
+def evaluated(config: Config, adapter: Path | None) -> dict[str, Any]:
     """Returns loss and accuracy of a model, over all examples and by module, as values of JSON.
 
     Args:
         config: its model, data and `training.eval_batch_size` are used.
-        sweep: what the config's file sweeps; neither model nor data may be among it.
         adapter: a PEFT folder, or None for the base alone.
 
     Returns:
@@ -36,11 +35,6 @@ def evaluated(config: Config, sweep: Sweep, adapter: Path | None) -> dict[str, A
     Raises:
         ConfigError: the config cannot be evaluated, or the adapter does not fit the model.
     """
-    for mapping in [sweep] if isinstance(sweep, Mapping) else sweep:
-        for name in mapping:
-            if name.startswith(("model.", "data.")):
-                raise ConfigError(f"the config sweeps {name}; choose one with --{name}")
-    check(config)
     peft = None
     if adapter is not None:
         with explained("--adapter"):

@@ -61,7 +61,7 @@ def load(settings: DataSettings) -> Splits:
     left_out = {**splits.left_out, "training examples that are also evaluation examples": repeated}
     left_out = {what: n for what, n in left_out.items() if n}
     if not len(train) or not len(splits.evaluation):
-        reasons = "".join(f"; left out: {n} {what}" for what, n in left_out.items())
+        reasons = "".join(f"; skipped: {n} {what}" for what, n in left_out.items())
         raise ValueError(
             f"{settings.recipe} must have examples to train and to evaluate on, "
             f"got {len(train)} and {len(splits.evaluation)}{reasons}"

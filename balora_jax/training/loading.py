@@ -71,7 +71,7 @@ def load_data(settings: DataSettings, model: str = ModelSettings.path) -> tuple[
     for (kind, said), split in zip(notes.items(), (splits.train, splits.evaluation), strict=True):
         gone = {what: count for what, count in left_out.items() if what.startswith(kind)}
         said += _lacking(settings, kind, len(split) + sum(splits.left_out.get(what, 0) for what in gone))
-        said += [f"left out {count} {what}" for what, count in gone.items()]
+        said += [f"skipped {count} {what}" for what, count in gone.items()]
     return rows, examples, notes
 
 

@@ -34,6 +34,7 @@ from balora_jax.training.evaluation import (
     accuracies,
     answer,
     evaluate_loss,
+    sample_answers,
     what_is_not_finite,
 )
 from balora_jax.training.interruption import Interrupted, Interruptions
@@ -316,6 +317,14 @@ class Trainer:
                     max_new_tokens=settings.max_new_tokens,
                 )
             shares = [accuracies(own, self._examples) for own in texts]
+            self._directory.write_answers(
+                self._name,
+                (
+                    {"member": member, "step": steps} | shown
+                    for member, own in zip(self._members, texts, strict=True)
+                    for shown in sample_answers(own, self._examples)
+                ),
+            )
         diverged, sizes = np.array(state.diverged_at), self._program.sizes(state)
         records = []
         for index, member in enumerate(self._members):

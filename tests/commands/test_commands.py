@@ -104,8 +104,8 @@ def test_balance_of_dtypes_and_of_pairs_that_lack_rank(tmp_path, capsys):
     write_peft(from_modules(modules), tmp_path / "in")
     call("balance", tmp_path / "in", tmp_path / "out")
     said = capsys.readouterr().out
-    assert "left as they were, because their product lacks rank: h.10.x\n" in said
-    assert "left as they were, because their dtype cannot hold the balanced factors: huge, tiny\n" in said
+    assert "skipped, because their product lacks rank: h.10.x\n" in said
+    assert "skipped, because their dtype cannot hold the balanced factors: huge, tiny\n" in said
     with np.errstate(over="ignore"):  # in the huge one
         before, after = products(tmp_path / "in"), products(tmp_path / "out")
     for name, tolerance in (("h.0.x", 1e-13), ("h.1.x", 1e-5), ("h.2.x", 1e-2)):
@@ -317,7 +317,7 @@ def test_mistakes_of_adapters_and_models(adapter, model_folder, config_file, fai
 def test_evaluate_says_what_was_left_out(config_file, capsys):
     call("evaluate", config_file, "--data.length", "33")
     shown = capsys.readouterr().out
-    left_out = int(re.search(r"^left out (\d+) evaluation examples of more than 33 tokens$", shown, re.MULTILINE)[1])
+    left_out = int(re.search(r"^skipped (\d+) evaluation examples of more than 33 tokens$", shown, re.MULTILINE)[1])
     assert 0 < left_out == 10 - int(re.search(r"all +(\d+)", shown)[1])
 
 
@@ -383,6 +383,10 @@ CHEAP = {
     "run without a config": (["run"], 2),
     "missing config": (["run", "nowhere.py"], 2),
     "unknown field": (["run", "{config}", "--adapter.rnk", "3"], 2),
+    **{
+        f"field of {command} out of range": ([command, "{config}", "--adapter.rank", "0"], 2)
+        for command in ("run", "estimate", "evaluate")
+    },
     "bad type": (["evaluate", "{config}", "--adapter.rank", "x"], 2),
     "help of a config": (["run", "{config}", "--help"], 0),
     "missing adapter of evaluate": (["evaluate", "{config}", "--adapter", "nowhere"], 2),
@@ -392,6 +396,7 @@ CHEAP = {
     "missing adapter of merge": (["merge", "school-math", "nowhere", "out"], 2),
     "missing model": (["generate", "nowhere", "--prompt", "x"], 2),
     "wrong flag": (["inspect", "nowhere", "--figur", "x"], 2),
+    "unknown log": (["run", "{config}", "--log", "x"], 2),
     "no run to compare": (["compare", "none"], 2),
     "no run to report": (["report"], 2),
 }
