@@ -1,6 +1,7 @@
 """The command line: `balora-jax COMMAND ...`. It imports a command's modules when they are needed."""
 
 import importlib
+import importlib.metadata
 import io
 import os
 import signal
@@ -10,32 +11,64 @@ from collections.abc import Sequence
 from balora_jax.errors import ConfigError, RunError, printable
 from balora_jax.interruption import leave_at_once
 
-USAGE = """usage: balora-jax COMMAND ...
+_COMMANDS = {
+    "run": (
+        "CONFIG [--output FOLDER] [--log NAME] [--show-batch] [--field.name VALUE ...]",
+        "train and compare what a config file describes; the same command goes on after an interruption",
+    ),
+    "estimate": (
+        "CONFIG [--field.name VALUE ...]",
+        "print the sizes and the memory of a step, before any weight is loaded",
+    ),
+    "methods": ("", "list the methods with their sources and their own options"),
+    "compare": (
+        "RUN ... [--reference METHOD] [--by FIELD] [--csv FILE] [--figure FILE]",
+        "compare the methods of finished runs, each at its best cell, with one of them, seed by seed",
+    ),
+    "report": (
+        "RUN ... [--output FILE] [--reference METHOD] [--by FIELD]",
+        "write an HTML file about finished runs, with charts, that opens without a network",
+    ),
+    "export": (
+        "RUN OUT [--member NAME] [--merged]",
+        "write the trained adapter of a run as a PEFT folder, or added to the weights of its base",
+    ),
+    "inspect": (
+        "ADAPTER [--figure FILE] [--json]",
+        "show the spectrum, balance and conditioning of every pair of a PEFT adapter",
+    ),
+    "balance": (
+        "ADAPTER OUT [--gauge GAUGE]",
+        "balance the pairs of a PEFT adapter; their products stay as they are",
+    ),
+    "merge": (
+        "MODEL ADAPTER OUT",
+        "add a PEFT adapter to the weights of its base, in Hugging Face's format",
+    ),
+    "evaluate": (
+        "CONFIG [--adapter ADAPTER] [--json] [--field.name VALUE ...]",
+        "measure loss and accuracy of a model on the data of a config",
+    ),
+    "generate": (
+        "MODEL [--adapter ADAPTER] [--chat] [--prompt TEXT ...] [--max-new-tokens N]",
+        "continue texts",
+    ),
+}
+"""The commands, each the `main` of a module of `balora_jax.commands`, with their arguments and what they do."""
+
+_LISTED = "\n".join(
+    f"  {f'{name} {arguments}'.rstrip()}\n      {what}" for name, (arguments, what) in _COMMANDS.items()
+)
+
+USAGE = f"""usage: balora-jax COMMAND ...
 
 commands:
-  run CONFIG [--output FOLDER] [--field.name VALUE ...]
-      train and compare what a config file describes; the same command goes on after an interruption
-  estimate CONFIG [--field.name VALUE ...]
-      print the sizes and the memory of a step, before any weight is loaded
-  export RUN OUT [--member NAME] [--merged]
-      write the trained adapter of a run as a PEFT folder, or added to the weights of its base
-  inspect ADAPTER [--figure FILE]
-      show the spectrum, balance and conditioning of every pair of a PEFT adapter
-  balance ADAPTER OUT [--gauge GAUGE]
-      balance the pairs of a PEFT adapter; their products stay as they are
-  merge MODEL ADAPTER OUT
-      add a PEFT adapter to the weights of its base, in Hugging Face's format
-  evaluate CONFIG [--adapter ADAPTER] [--field.name VALUE ...]
-      measure loss and accuracy of a model on the data of a config
-  generate MODEL [--adapter ADAPTER] [--chat] [--prompt TEXT ...] [--max-new-tokens N]
-      continue texts
+{_LISTED}
 
-Every field of the config can be set: balora-jax run CONFIG --help lists them. The others have --help too.
+balora-jax COMMAND --help says more, and balora-jax run --help lists every field of a config, which can be set.
 With --offline (or HF_HUB_OFFLINE=1 in the environment) the Hugging Face hub is not asked for models and data.
+balora-jax --version prints the version.
 """
-
-_COMMANDS = "run", "estimate", "export", "inspect", "balance", "merge", "evaluate", "generate"
-"""The commands, each the `main` of a module of `balora_jax.commands`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,6 +105,9 @@ def _called(arguments: list[str]) -> int:
         elif command in ("-h", "--help"):
             print(USAGE, end="")
             code = 0 if arguments else 2
+        elif command == "--version":
+            print(f"balora-jax {importlib.metadata.version('balora-jax')}")
+            code = 0
         else:
             raise ConfigError(f"unknown command {command!r}; commands are {', '.join(_COMMANDS)}")
         sys.stdout.flush()

@@ -12,6 +12,9 @@ from typing import IO, Any
 MOST_NESTED = 100
 """How deep JSON may be nested: readers and writers of it call themselves for every level."""
 
+NOT_FINITE = ("nan", "inf", "-inf")
+"""Texts in records, in the place of the numbers that JSON lacks."""
+
 _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _OTHERS = re.compile(r"[^\[\]{}]+")
 
@@ -38,6 +41,11 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a JSON object, got {fields!r:.80}")
     return fields
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a record is a number, or the text in the place of one that JSON lacks."""
+    return isinstance(value, int | float) or value in NOT_FINITE
 
 
 def is_nested_too_deeply(text: str) -> bool:

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from balora_jax.linalg import matmul, orthonormal
+from balora_jax.settings import Gauge
 
-Gauge = Literal["svd", "raw_svd", "nearest", "symmetric"]
 GAUGES: tuple[str, ...] = get_args(Gauge)
 Route = Literal["auto", "exact", "iterative"]
 ROUTES: tuple[str, ...] = get_args(Route)

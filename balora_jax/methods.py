@@ -30,9 +30,7 @@ from balora_jax.adapters import (
     LoRALinear,
 )
 from balora_jax.adapters.lora import Scaling
-from balora_jax.gauge import Gauge
 from balora_jax.optimizers import (
-    OptimizerSettings,
     adalora,
     adamw,
     clipped,
@@ -47,27 +45,8 @@ from balora_jax.optimizers import (
     scaled_adamw,
     scaled_gd,
 )
+from balora_jax.settings import BalanceSettings, OptimizerSettings
 from balora_jax.transform import balora
-
-
-@dataclass(frozen=True)
-class BalanceSettings:
-    """How the methods that balance their adapters do it; see `balora_jax.balora`.
-
-    Attributes:
-        gauge: which balanced pair.
-        transport: whether the optimizer's moments are carried along; the paper leaves them as they are, but on language
-            models it pays (experiments/gauges).
-        every: steps between projections.
-        start_step: number of first steps without.
-        least_ratio: share of the larger factor's norm that the smaller one must have; the paper waits for nothing.
-    """
-
-    gauge: Gauge = "svd"
-    transport: bool = True
-    every: int = 1
-    start_step: int = 0
-    least_ratio: float = 0.03
 
 
 @dataclass(frozen=True)
@@ -83,6 +62,7 @@ class Method:
         initialisation: where the adapters start.
         scaling: how the scale follows from `alpha` and the rank.
         balanced: whether the adapters are balanced after the optimizer's steps.
+        phased: whether its phases are shares of the whole run, so that the first steps depend on the number of all.
     """
 
     summary: str
@@ -91,6 +71,7 @@ class Method:
     initialisation: Initialisation = LORA
     scaling: Scaling = "lora"
     balanced: bool = False
+    phased: bool = False
 
     @property
     def options(self) -> dict[str, float]:
@@ -266,6 +247,7 @@ METHODS = MappingProxyType(
             layer=AdaLoRALinear,
             initialisation=ADALORA,
             optimizer=_adalora,
+            phased=True,
         ),
         "balora": Method("LoRA balanced after every step (arXiv 2605.31484)", balanced=True),
         "balora_ga": Method("BaLoRA from LoRA-GA's start (arXiv 2605.31484)", initialisation=LORA_GA, balanced=True),

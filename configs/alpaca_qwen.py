@@ -13,9 +13,14 @@ Time:      reckoned, for an H100 at 40 % of its peak and six operations a parame
 Chosen:    1,000 steps of 16 rows, about two epochs of some eight million tokens
 """
 
-from balora_jax.data.recipes import DataSettings
-from balora_jax.optimizers import OptimizerSettings
-from balora_jax.training import AdapterSettings, Config, ModelSettings, TrainingSettings
+from balora_jax.training import (
+    AdapterSettings,
+    Config,
+    DataSettings,
+    ModelSettings,
+    OptimizerSettings,
+    TrainingSettings,
+)
 
 config = Config(
     name="alpaca_qwen",

@@ -9,9 +9,8 @@ Expected:  experiments/comparison has the recorded outcome.
 Differs:   from the methods' defaults: RefLoRA's plain first steps are 10 of 100, not 100; LORO is exact every 20th step
 """
 
-from balora_jax.data.recipes import DataSettings
 from balora_jax.methods import METHODS
-from balora_jax.training import AdapterSettings, Config, TrainingSettings
+from balora_jax.training import AdapterSettings, Config, DataSettings, TrainingSettings
 
 config = Config(
     name="compare_methods",

@@ -7,8 +7,7 @@ Data:      the five modules of quickstart.py
 Expected:  experiments/gauges has the recorded outcome and what follows from it.
 """
 
-from balora_jax.data.recipes import DataSettings
-from balora_jax.training import AdapterSettings, Config, TrainingSettings
+from balora_jax.training import AdapterSettings, Config, DataSettings, TrainingSettings
 
 config = Config(
     name="gauges",

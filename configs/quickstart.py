@@ -9,8 +9,7 @@ Expected:  evaluation loss from 3.4 to below 0.9 for both methods, with no clear
            relative balancing gap at rounding, LoRA's at some tenths. experiments/quickstart has the recorded outcome.
 """
 
-from balora_jax.data.recipes import DataSettings
-from balora_jax.training import AdapterSettings, Config, TrainingSettings
+from balora_jax.training import AdapterSettings, Config, DataSettings, TrainingSettings
 
 config = Config(
     name="quickstart",

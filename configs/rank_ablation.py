@@ -12,8 +12,7 @@ Expected:  experiments/comparison has the recorded outcome.
 Differs:   model, data and length of training are smaller by orders of magnitude; the scale is 2 at every rank
 """
 
-from balora_jax.data.recipes import DataSettings
-from balora_jax.training import AdapterSettings, Config, TrainingSettings
+from balora_jax.training import AdapterSettings, Config, DataSettings, TrainingSettings
 
 config = Config(
     name="rank_ablation",

@@ -11,8 +11,7 @@ Expected:  experiments/comparison has the recorded outcome.
 Differs:   model and data are smaller by orders of magnitude; one seed a cell
 """
 
-from balora_jax.data.recipes import DataSettings
-from balora_jax.training import AdapterSettings, Config, TrainingSettings
+from balora_jax.training import AdapterSettings, Config, DataSettings, TrainingSettings
 
 config = Config(
     name="sensitivity",

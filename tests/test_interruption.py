@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.py"
 
 # Interrupts itself when a module is looked for, as a person would while it is imported.
 PROGRAM = """
@@ -15,7 +18,7 @@ class Interrupting:
             os.kill(os.getpid(), signal.SIGINT)
 
 sys.meta_path.insert(0, Interrupting())
-sys.argv = ["balora-jax", "inspect", "nowhere"]
+sys.argv = ["balora-jax", "evaluate", {config!r}]
 from balora_jax.cli import main
 sys.exit(main())
 """
@@ -29,7 +32,7 @@ def python(program):
 
 @pytest.mark.parametrize("module", ["balora_jax.commands", "numpy", "jax", "datasets"])
 def test_one_line_wherever_it_is_interrupted(module):
-    assert python(PROGRAM.format(module=module)) == (130, "", "balora-jax: interrupted\n")
+    assert python(PROGRAM.format(module=module, config=str(CONFIG))) == (130, "", "balora-jax: interrupted\n")
 
 
 # An exception in a callback of the garbage collector is lost.

@@ -80,14 +80,14 @@ def test_config_runs_when_shrunk(file, tmp_path, request, monkeypatch):
     if config.model.path != "school-math":
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
         request.getfixturevalue("quick_compilation")
-        _, picked, _ = apply_overrides(config, sweep, ["--method", "balora"])
+        _, picked = apply_overrides(config, sweep, ["--method", "balora"])
         recipe = expand(config, picked)[-1].data.recipe
         files = published_files(recipe, tmp_path)
         tiny = str(request.getfixturevalue("tiny_qwen"))
         flags += ["--model.path", tiny, "--data.path", str(files), *TINY.split()]
         flags += ["--data.tokenizer", tiny] if config.data.tokenizer else []
         flags += ["--data.eval-split", "None"] if config.data.eval_split else []  # the rows are one file
-    config, sweep, _ = apply_overrides(config, sweep, flags)
+    config, sweep = apply_overrides(config, sweep, flags)
     last = expand(config, sweep)[-1]
     assert last.method == "balora"
     (row,) = run(last, {}, tmp_path / "out", Console(quiet=True))

@@ -6,8 +6,8 @@ import itertools
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 import tyro
 
@@ -26,26 +26,26 @@ from balora_jax.training.config import (
 T = TypeVar("T")
 
 
-def parse(kind: type[T], arguments: list[str], *, prog: str, **default: Any) -> T:
+def parse(kind: type[T], arguments: list[str], *, prog: str, **options: Any) -> T:
     """Lets tyro parse flags; its boxed message becomes one line.
 
     Args:
         kind: a dataclass whose fields are the flags.
         arguments: the arguments.
         prog: what the help calls the command.
-        **default: `default`, a value whose fields are taken where no flag is given.
+        **options: of `tyro.cli`: `default`, a value whose fields are taken where no flag is given; `description`.
 
     Raises:
         ConfigError: an argument that is unknown, missing or of the wrong type.
         SystemExit: after the help was shown.
     """
     if "--help" in arguments or "-h" in arguments:
-        return tyro.cli(kind, args=arguments, prog=prog, **default)
+        return tyro.cli(kind, args=arguments, prog=prog, **options)
     message = io.StringIO()
     width, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "1000"
     try:
         with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
-            return tyro.cli(kind, args=arguments, prog=prog, **default)
+            return tyro.cli(kind, args=arguments, prog=prog, **options)
     except SystemExit:
         asked, _, _ = message.getvalue().partition("For full helptext")
         missing = re.findall(r"^[│ ] {5}(\S+)", asked, re.MULTILINE)
@@ -60,35 +60,57 @@ def parse(kind: type[T], arguments: list[str], *, prog: str, **default: Any) -> 
             os.environ["COLUMNS"] = width
 
 
+class Flag(NamedTuple):
+    """A flag of a command's own, beside the fields of its config.
+
+    Attributes:
+        help: what it does.
+        value: what its value is, "a folder" say; None for a flag without one.
+    """
+
+    help: str
+    value: str | None = None
+
+
+Own = Mapping[str, Flag]
+
+
 def read_config(
-    command: str, arguments: list[str], *, option: tuple[str, str] | None = None
-) -> tuple[Config, Sweep, Path | None]:
+    command: str, arguments: list[str], *, what: str, own: Own = MappingProxyType({})
+) -> tuple[Config, Sweep, dict[str, str]]:
     """Returns what a command that takes a config file is asked to do.
 
     Args:
         command: its name.
         arguments: the config file, and flags.
-        option: of the command's own, and what it names; `run` has `--output` instead.
+        what: the command does, for its help.
+        own: the flags that the command has beside the fields, `--output` say.
 
     Returns:
-        The config, the sweep, and the path that was given with the option.
+        The config, the sweep, and of the command's own flags those that were given, with their values.
 
     Raises:
         ConfigError: no config file, a wrong one, or a wrong flag.
+        SystemExit: after the help was shown.
     """
+    prog = f"balora-jax {command}"
+    flags = "\n".join(f"{flag}: {text}" for flag, (text, _) in own.items())
+    help_text = "\n\n".join(part for part in (what, flags, "Every field of the config can be set:") if part)
+    if arguments and arguments[0] in ("--help", "-h"):
+        parse(Config, arguments[:1], prog=f"{prog} CONFIG", description=help_text, default=Config(name="..."))
     if not arguments or arguments[0].startswith("-"):
-        raise ConfigError(f"{command} needs a config file: balora-jax {command} CONFIG")
+        raise ConfigError(f"{command} needs a config file: {prog} CONFIG; {prog} --help says more")
     config, sweep = load_config(arguments[0])
-    rest, path = _take(arguments[1:], *option) if option else (arguments[1:], None)
-    config, sweep, output = apply_overrides(config, sweep, rest, prog=f"balora-jax {command} {arguments[0]}")
-    if command != "run" and output is not None:
+    rest, given = _take(arguments[1:], own)
+    if "--output" in rest:
         raise ConfigError(f"{command} prints its result and has no --output")
-    return config, sweep, path or output
+    config, sweep = apply_overrides(config, sweep, rest, prog=f"{prog} {arguments[0]}", description=help_text)
+    return config, sweep, given
 
 
 def apply_overrides(
-    config: Config, sweep: Sweep, arguments: list[str], *, prog: str = "balora-jax"
-) -> tuple[Config, Sweep, Path | None]:
+    config: Config, sweep: Sweep, arguments: list[str], *, prog: str = "balora-jax", description: str | None = None
+) -> tuple[Config, Sweep]:
     """Applies dotted flags to a config; a field that is set this way is no longer swept.
 
     Of a sweep of several mappings, those stay that hold the value that is set, so that flags pick out runs of the
@@ -97,16 +119,16 @@ def apply_overrides(
     Args:
         config: the file's config.
         sweep: the file's sweep.
-        arguments: `--field.name value ...`, and perhaps `--output folder`.
+        arguments: `--field.name value ...`.
         prog: what the help calls the command.
+        description: what the help says of it.
 
     Returns:
-        The config, the sweep, and the output folder if one was given.
+        The config and the sweep.
 
     Raises:
         ConfigError: an unknown field, or a value that is not of its type.
     """
-    arguments, output = _take(arguments, "--output", "a folder")
     known, overridden = set(field_names()), []
     for argument, following in itertools.pairwise([*arguments, "--"]):
         if argument.startswith("--") and argument not in ("--help",):
@@ -119,8 +141,8 @@ def apply_overrides(
                 part, _, last = field.rpartition(".")
                 raise ConfigError(f"{field} takes no value; write --{field} or --{part}.no-{last}")
             overridden.append(field)
-    config = parse(Config, arguments, prog=prog, default=config)
-    return config, _without(config, sweep, overridden), output
+    config = parse(Config, arguments, prog=prog, description=description, default=config)
+    return config, _without(config, sweep, overridden)
 
 
 def _without(config: Config, sweep: Sweep, overridden: list[str]) -> Sweep:
@@ -144,16 +166,21 @@ def _without(config: Config, sweep: Sweep, overridden: list[str]) -> Sweep:
     return kept
 
 
-def _take(arguments: list[str], flag: str, what: str) -> tuple[list[str], Path | None]:
-    """The arguments without a flag that has a path, and the path."""
-    rest, path = [], None
+def _take(arguments: list[str], own: Own) -> tuple[list[str], dict[str, str]]:
+    """The arguments without a command's own flags, and these with their values, which are empty if they have none."""
+    rest, given = [], {}
     remaining = iter(arguments)
     for argument in remaining:
-        if argument == flag or argument.startswith(f"{flag}="):
-            value = argument.partition("=")[2] or next(remaining, "")
-            if not value or value.startswith("--"):
-                raise ConfigError(f"{flag} needs {what}")
-            path = Path(value)
-        else:
+        flag, sign, value = argument.partition("=")
+        if flag not in own:
             rest.append(argument)
-    return rest, path
+            continue
+        wanted = own[flag].value
+        if wanted is None and sign:
+            raise ConfigError(f"{flag} takes no value, got {value}")
+        if wanted is not None:
+            value = value or next(remaining, "")
+            if not value or value.startswith("--"):
+                raise ConfigError(f"{flag} needs {wanted}")
+        given[flag] = value
+    return rest, given

@@ -1,25 +1,15 @@
 """`balora-jax balance`: the pairs of any PEFT adapter, balanced."""
 
-import statistics
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import jax
-import numpy as np
-from rich import box
-from rich.table import Table
 from tyro.conf import Positional, arg
 
-from balora_jax.adapters import read_peft, write_peft
-from balora_jax.adapters.diagnosis import Diagnosis, diagnose_adapter, product_singular_values
-from balora_jax.balance import balance_pairs
 from balora_jax.commands.arguments import parse
-from balora_jax.commands.folders import check_free, copy_other_files, explained, whole_folder
+from balora_jax.commands.folders import check_free, check_peft
 from balora_jax.console import PlainConsole
-from balora_jax.gauge import Gauge
-from balora_jax.pairs import read_pairs, write_pairs
+from balora_jax.settings import Gauge
 
 
 @dataclass(frozen=True)
@@ -41,49 +31,8 @@ def main(arguments: list[str]) -> int:
     """Runs the command."""
     options = parse(Options, arguments, prog="balora-jax balance")
     check_free(options.out)
-    with explained("ADAPTER"):
-        adapter = read_peft(options.adapter)
-        before = diagnose_adapter(adapter)
-    pairs = adapter.pairs()
-    found = list(pairs.values())
-    factors = read_pairs(adapter.tensors, found)
-    with jax.enable_x64(True):  # lest float64 tensors lose digits
-        balanced = jax.device_get(jax.jit(partial(balance_pairs, gauge=options.gauge))(factors))
-    new = replace(adapter, tensors=write_pairs(adapter.tensors, found, [pair[:2] for pair in balanced]))
-    with whole_folder(options.out) as folder:
-        write_peft(new, folder)
-        copy_other_files(options.adapter, folder)  # the config among them
-    console = PlainConsole(soft_wrap=True)
-    console.print(_table({"before": before, "after": diagnose_adapter(new)}))
-    change = max(_change(old, pair[:2]) for old, pair in zip(factors, balanced, strict=True))
-    console.print(f"{len(pairs)} pairs; products changed by at most {change:.0e} of their norm: {options.out}")
-    left = [name for name, pair in zip(pairs, balanced, strict=True) if pair.untouched.any()]
-    lacking = [name for name in left if np.isinf(before[name].least_condition_number)]
-    for names, why in (
-        (lacking, "their product lacks rank"),
-        ([name for name in left if name not in lacking], "their dtype cannot hold the balanced factors"),
-    ):
-        if names:
-            console.print(f"left as they were, because {why}: {', '.join(names)}")
+    check_peft("ADAPTER", options.adapter)
+    from balora_jax.commands.balanced import write_balanced  # heavy: after the cheap mistakes
+
+    write_balanced(options.adapter, options.out, options.gauge, PlainConsole(soft_wrap=True))
     return 0
-
-
-def _table(diagnoses: dict[str, dict[str, Diagnosis]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("", "gap, mean", "gap, worst", "condition number, median", "worst"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, found in diagnoses.items():
-        gaps = [diagnosis.gap for diagnosis in found.values()]
-        numbers = [diagnosis.condition_number for diagnosis in found.values()]
-        shown = (f"{np.mean(gaps):.1e}", f"{max(gaps):.1e}", f"{statistics.median(numbers):.3g}", f"{max(numbers):.3g}")
-        table.add_row(name, *shown)
-    return table
-
-
-def _change(old, new) -> float:
-    """By how much the product has changed, relative to its norm."""
-    (a, b), (new_a, new_b) = ([np.asarray(factor[0], float) for factor in pair] for pair in (old, new))
-    values = product_singular_values(a, b)
-    difference = product_singular_values(np.concatenate([new_a, a], 1), np.concatenate([new_b, -b], 0))
-    largest = float(values[0]) or 1.0  # lest squares overflow
-    return float(np.linalg.norm(difference / largest)) / (float(np.linalg.norm(values / largest)) or 1.0)

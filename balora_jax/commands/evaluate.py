@@ -1,84 +1,38 @@
 """`balora-jax evaluate`: a model, perhaps with an adapter, on the evaluation data of a config."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
-import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from balora_jax.adapters import load_adapters, read_peft
-from balora_jax.commands.arguments import read_config
-from balora_jax.commands.folders import explained
+from balora_jax.commands.arguments import Flag, read_config
+from balora_jax.commands.folders import check_peft
 from balora_jax.console import PlainConsole
-from balora_jax.data.hub_tokenizer import files_fingerprint, tokenizer_files
-from balora_jax.training.config import Config, ConfigError, Sweep, check
-from balora_jax.training.evaluation import accuracies, answer, evaluate_loss, what_is_not_finite
-from balora_jax.training.memory import check_evaluation, memory_limit
-from balora_jax.training.run import load_data, load_model
-from balora_jax.training.single import Single, nothing_trained
-from balora_jax.training.step import Program
+from balora_jax.errors import ConfigError
+from balora_jax.training.config import check
+
+WHAT = "Measures loss and accuracy of a model on the evaluation data of a config file."
+FLAGS = {
+    "--adapter": Flag("a PEFT folder, whose adapter is put on the model.", "a PEFT folder"),
+    "--json": Flag("prints one JSON object instead, for programs."),
+}
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command."""
-    report(*read_config("evaluate", arguments, option=("--adapter", "a PEFT folder")), PlainConsole())
-    return 0
-
-
-def report(config: Config, sweep: Sweep, adapter: Path | None, console: Console) -> None:
-    """Prints loss and accuracy of a model, over all examples and by module.
-
-    Args:
-        config: its model, data and `training.eval_batch_size` are used.
-        sweep: what the config's file sweeps; neither model nor data may be among it.
-        adapter: a PEFT folder, or None for the base alone.
-        console: where the table goes.
-
-    Raises:
-        ConfigError: the config cannot be evaluated, or the adapter does not fit the model.
-    """
+    config, sweep, given = read_config("evaluate", arguments, what=WHAT, own=FLAGS)
+    adapter = Path(given["--adapter"]) if "--adapter" in given else None
+    if adapter is not None:
+        check_peft("--adapter", adapter)
     for mapping in [sweep] if isinstance(sweep, Mapping) else sweep:
         for name in mapping:
             if name.startswith(("model.", "data.")):
                 raise ConfigError(f"the config sweeps {name}; choose one with --{name}")
     check(config)
-    peft = None
-    if adapter is not None:
-        with explained("--adapter"):
-            peft = read_peft(adapter)
-    model = load_model(config.model)
-    if peft is not None:
-        with explained("--adapter"):
-            load_adapters(model, peft)
-    _, examples, left_out = load_data(config.data, config.model.path)
-    for what, count in left_out.items():
-        if what.startswith("evaluation"):
-            console.print(f"left out {count} {what}", markup=False, highlight=False, soft_wrap=True)
-    own = files_fingerprint(adapter) if adapter is not None and tokenizer_files(adapter) else None
-    if own not in (None, examples.tokenizer.fingerprint):
-        note = f"the adapter has a tokenizer of its own, which is not used; --data.tokenizer {adapter} takes it"
-        console.print(note, markup=False, soft_wrap=True)
-    check_evaluation(config.training, model.config, examples, limit=memory_limit())
-    program = cast(Program, Single(model))  # as much of one as an evaluation uses
-    batch_size = config.training.eval_batch_size
-    losses = evaluate_loss(program, nothing_trained(), examples, batch_size=batch_size)
-    if not np.isfinite(losses.total[0]):
-        raise ConfigError(
-            f"the evaluation loss must be finite, got {losses.total[0]}; {what_is_not_finite(program.base)}"
-        )
-    accuracy = {}
-    if examples.score is not None:
-        new_tokens = config.training.max_new_tokens
-        (texts,) = answer(program, nothing_trained(), examples, batch_size=batch_size, max_new_tokens=new_tokens)
-        accuracy = accuracies(texts, examples)
-    table = Table(box=box.SIMPLE_HEAD, caption=f"{config.model.path}, adapter: {adapter or 'none'}")
-    for name in ("module", "examples", "evaluation loss", examples.score_name or "right answers"):
-        table.add_column(name, justify="left" if name == "module" else "right")
-    for name, loss in [*losses.by_module.items(), ("all", losses.total)]:
-        count = len(examples.modules) if name == "all" else int((examples.modules == name).sum())
-        right = f"{100 * accuracy[name]:.1f} %" if accuracy else "-"
-        table.add_row(name, str(count), f"{loss[0]:.4f}", right)
-    console.print(table)
+    from balora_jax.commands.evaluated import evaluated, report  # heavy: after the cheap mistakes
+
+    found = evaluated(config, adapter)
+    if "--json" in given:
+        print(json.dumps(found))
+    else:
+        report(found, PlainConsole())
+    return 0

@@ -6,16 +6,11 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from balora_jax.adapters import export_adapters, write_peft
 from balora_jax.commands.arguments import parse
-from balora_jax.commands.folders import check_free, explained, whole_folder
-from balora_jax.commands.merge import copy_tokenizer, write_merged
+from balora_jax.commands.folders import check_free, check_holds, explained, whole_folder
 from balora_jax.console import PlainConsole
-from balora_jax.data.hub_tokenizer import tokenizer_files
-from balora_jax.methods import get_method
+from balora_jax.errors import ConfigError
 from balora_jax.models.folders import model_folder
-from balora_jax.training.config import ConfigError
-from balora_jax.training.trained import load_trained
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,14 @@ def main(arguments: list[str]) -> int:
     """Runs the command."""
     options = parse(Options, arguments, prog="balora-jax export")
     check_free(options.out)
-    trained = load_trained(options.run, options.member)
+    check_holds("RUN", options.run, "config.json", "a run directory")
+    from balora_jax.adapters import export_adapters, write_peft  # heavy, as what follows: after the cheap mistakes
+    from balora_jax.commands.merged import copy_tokenizer, write_merged
+    from balora_jax.data.hub_tokenizer import tokenizer_files
+    from balora_jax.methods import get_method
+    from balora_jax.training.trained import load_trained
+
+    trained = load_trained(options.run, options.member, weights=options.merged)
     config = trained.config
     notes = []
     with explained("the tokenizer of the run"):

@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -56,6 +56,15 @@ def whole_folder(out: Path) -> Iterator[Path]:
         raise ConfigError(f"cannot write {out}: {reason or error}") from error
 
 
+def check_runs(command: str, runs: Sequence[Path]) -> None:
+    """Raises `ConfigError` if no run directories are given to a command, or one of them holds no run."""
+    if not runs:
+        raise ConfigError(f"{command} needs run directories: balora-jax {command} RUN ...")
+    for folder in runs:
+        if not (folder / "config.json").exists():
+            raise ConfigError(f"{folder} must be the output of a finished run, but has no config.json")
+
+
 def check_free(out: Path) -> None:
     """Raises `ConfigError` if `out` is there and not an empty folder; commands overwrite nothing."""
     try:
@@ -65,6 +74,24 @@ def check_free(out: Path) -> None:
             raise ConfigError(f"OUT must be a new or an empty folder, but {out} holds files; choose another")
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error.strerror}") from error
+
+
+def check_holds(argument: str, folder: Path, file: str, kind: str) -> None:
+    """Raises `ConfigError` if a folder lacks the file that makes it what a command takes, before anything is imported.
+
+    Args:
+        argument: of the command line that names the folder.
+        folder: the folder.
+        file: name of the file.
+        kind: what the folder must be.
+    """
+    if not (folder / file).is_file():
+        raise ConfigError(f"{argument}: {folder / file} does not exist; {argument.lstrip('-')} must be {kind}")
+
+
+def check_peft(argument: str, folder: Path) -> None:
+    """As `check_holds`, of a PEFT folder."""
+    check_holds(argument, folder, "adapter_config.json", "a PEFT folder")
 
 
 def copy_other_files(source: Path, target: Path) -> None:

@@ -2,18 +2,48 @@
 
 from pathlib import Path
 
-from balora_jax.commands.arguments import read_config
+from balora_jax.commands.arguments import Flag, read_config
 from balora_jax.console import PlainConsole
+from balora_jax.training.config import Config, Sweep, expand
+from balora_jax.training.live import check_log
+
+WHAT = "Trains and compares what a config file describes; the same command goes on after an interruption."
+FLAGS = {
+    "--output": Flag("the run directory; default runs/<name of the config>.", "a folder"),
+    "--log": Flag("shows the metrics while the run goes on, in tensorboard, wandb or trackio.", "a name"),
+    "--show-batch": Flag("prints the first rows as text, with what is learned marked, and ends."),
+}
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command."""
-    config, sweep, output = read_config("run", arguments)
+    config, sweep, given = read_config("run", arguments, what=WHAT, own=FLAGS)
+    log = given.get("--log")
+    if log is not None:
+        check_log(log)
+    expand(config, sweep)  # tells of a wrong field before what follows is imported
+    console = PlainConsole()
+    if "--show-batch" in given:
+        return _show_batches(config, sweep, console)
     from balora_jax.training import results, run  # heavy: after the cheap mistakes
 
-    console = PlainConsole()
-    output = output or Path("runs") / config.name
-    rows = run(config, sweep, output, console)
+    output = Path(given.get("--output", Path("runs") / config.name))
+    rows = run(config, sweep, output, console, log=log)
     PlainConsole(width=max(console.width, results.TABLE_WIDTH)).print(results.table(rows))
-    console.print(f"record: {output}, figure: {output / 'figure.png'}", soft_wrap=True)
+    report = f", report: {output / 'report.html'}" if (output / "report.html").exists() else ""
+    console.print(f"record: {output}, figure: {output / 'figure.png'}{report}", soft_wrap=True)
+    return 0
+
+
+def _show_batches(config: Config, sweep: Sweep, console: PlainConsole) -> int:
+    """Prints the first batch of every way in which the sweep lays out data."""
+    from balora_jax.training.first_batch import first_batch
+
+    shown = set()
+    for run in expand(config, sweep):
+        laid_out = run.data, run.model.path, run.training.batch_size, run.training.accumulate
+        if laid_out not in shown:
+            shown.add(laid_out)
+            for line in first_batch(run):
+                console.print(line, soft_wrap=True)
     return 0

@@ -41,6 +41,7 @@ class Tokenizer(Protocol):
     def encode_conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]: ...  # noqa: D102
     def encode_question(self, messages: Sequence[Message]) -> list[int]: ...  # noqa: D102
     def decode(self, ids: Sequence[int]) -> str: ...  # noqa: D102
+    def spell(self, ids: Sequence[int]) -> str: ...  # noqa: D102
 
 
 class Pieces(Sequence[np.ndarray]):

@@ -202,6 +202,10 @@ class HubTokenizer:
         end = ids.index(self.eos_id) if self.eos_id in ids else len(ids)
         return self._tokenizer.decode(ids[:end], skip_special_tokens=True)
 
+    def spell(self, ids: Sequence[int]) -> str:
+        """Returns the text of tokens, special ones by their names, none left out."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
     def _require_template(self) -> None:
         if self._tokenizer.chat_template is None:
             raise ValueError(

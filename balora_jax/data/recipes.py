@@ -21,43 +21,7 @@ from balora_jax.data.mathematics.published import read_file
 from balora_jax.data.rows import Reader
 from balora_jax.data.scores import Score, exact_match, same_final_answer
 from balora_jax.data.sources import read_source, split
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """What is learned and how it is laid out.
-
-    Attributes:
-        recipe: name of the data set, see `RECIPES`.
-        path: where the published data lie, see `read_source`; None for the Hub, or to generate.
-        tokenizer: another model's folder or name on the Hub whose tokenizer and chat template are taken, as an instruct
-            model's for its base; None for the model's own.
-        modules: parts of the data set to use; empty for all. Of a split of harder questions (`extrapolate`), those of
-            the same name, and with `_big`, `_longer`, `_more` or `_more_samples` behind it.
-        difficulty: difficulties of generated questions, mixed evenly.
-        train_examples: largest number of training examples; None for all of a published data set.
-        eval_examples: largest number of evaluation examples; None for all of a published evaluation split. A data set
-            without such a split holds this number out from training.
-        eval_split: the published split to evaluate on; None for `validation` where there is one, otherwise `test`, and
-            for `interpolate` of DeepMind Mathematics.
-        length: most tokens of a row; longer examples are left out, and counted, but bare texts are cut into pieces.
-        packing: whether several examples share a row of this length in training. Otherwise rows are as long as the
-            longest example, rounded up to a multiple of 64.
-        seed: of the draw of the examples; the same for all runs that are compared.
-    """
-
-    recipe: str = "mathematics"
-    path: str | None = None
-    tokenizer: str | None = None
-    modules: tuple[str, ...] = ()
-    difficulty: tuple[int, ...] = (1, 2)
-    train_examples: int | None = 10_000
-    eval_examples: int | None = 500
-    eval_split: str | None = None
-    length: int = 128
-    packing: bool = True
-    seed: int = 0
-
+from balora_jax.settings import DataSettings
 
 MOST_GENERATED = 10_000_000
 """Examples that are generated at the most, for training and for evaluation."""
@@ -97,7 +61,7 @@ def load(settings: DataSettings) -> Splits:
     left_out = {**splits.left_out, "training examples that are also evaluation examples": repeated}
     left_out = {what: n for what, n in left_out.items() if n}
     if not len(train) or not len(splits.evaluation):
-        reasons = "".join(f"; left out: {n} {what}" for what, n in left_out.items())
+        reasons = "".join(f"; skipped: {n} {what}" for what, n in left_out.items())
         raise ValueError(
             f"{settings.recipe} must have examples to train and to evaluate on, "
             f"got {len(train)} and {len(splits.evaluation)}{reasons}"

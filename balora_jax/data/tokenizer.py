@@ -101,3 +101,15 @@ class CharTokenizer:
             if token >= _SPECIALS:
                 characters.append(chr(token - _SPECIALS + _FIRST))
         return "".join(characters)
+
+    def spell(self, ids: Iterable[int]) -> str:
+        """Turn tokens into text, special ones into their names.
+
+        Args:
+            ids: Tokens.
+
+        Returns:
+            The text, in which no token is left out.
+        """
+        names = "<pad>", "<bos>", "<eos>"
+        return "".join(names[i] if i < _SPECIALS else chr(i - _SPECIALS + _FIRST) for i in map(int, ids))

@@ -1,7 +1,7 @@
 """Optimizers of LoRA pairs, and GaLore of whole weights: optax transformations, each usable alone."""
 
 from balora_jax.optimizers.adalora import adalora
-from balora_jax.optimizers.adamw import OptimizerSettings, adamw, clipped, learning_rate_schedule
+from balora_jax.optimizers.adamw import adamw, clipped, learning_rate_schedule
 from balora_jax.optimizers.galore import galore
 from balora_jax.optimizers.lora_plus import lora_plus
 from balora_jax.optimizers.lora_pro import lora_pro, precondition_by_lora_pro
@@ -9,6 +9,7 @@ from balora_jax.optimizers.lora_rite import lora_rite
 from balora_jax.optimizers.loro import loro
 from balora_jax.optimizers.reflora import precondition_by_reflora, reflora, reflora_s
 from balora_jax.optimizers.scaled import precondition_by_grams, scaled_adamw, scaled_gd
+from balora_jax.settings import OptimizerSettings
 
 __all__ = [
     "OptimizerSettings",

@@ -1,39 +1,12 @@
 """AdamW with clipping and a schedule: the optimizer that every adapter method starts from."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-Schedule = Literal["constant", "linear", "cosine"]
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """Settings of AdamW; the defaults are those of the BaLoRA paper's runs (arXiv 2605.31484).
-
-    Attributes:
-        learning_rate: peak of the schedule.
-        schedule: `"constant"`, or a decay to zero at the last step.
-        warmup_steps: the rate rises linearly from 0 over so many steps.
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled weight decay.
-        clip_norm: the gradient's global norm is clipped to this; None for no clipping.
-    """
-
-    learning_rate: float = 1e-3
-    schedule: Schedule = "constant"
-    warmup_steps: int = 0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip_norm: float | None = 1.0
+from balora_jax.settings import OptimizerSettings, Schedule
 
 
 def learning_rate_schedule(settings: OptimizerSettings, steps: int) -> Callable[[jax.Array], jax.Array]:

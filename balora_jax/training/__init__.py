@@ -1,25 +1,53 @@
 """Training: configs, the step of a population, evaluation, checkpoints, and whole runs."""
 
-from balora_jax.methods import BalanceSettings
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+from balora_jax.errors import RunError
 from balora_jax.training.config import (
     AdapterSettings,
+    BalanceSettings,
     Config,
     ConfigError,
+    DataSettings,
     ModelSettings,
+    OptimizerSettings,
     TrainingSettings,
     load_config,
 )
-from balora_jax.training.records import RunError
-from balora_jax.training.run import run
+
+if TYPE_CHECKING:
+    from balora_jax.training.run import run
 
 __all__ = [
     "AdapterSettings",
     "BalanceSettings",
     "Config",
     "ConfigError",
+    "DataSettings",
     "ModelSettings",
+    "OptimizerSettings",
     "RunError",
     "TrainingSettings",
     "load_config",
     "run",
 ]
+
+
+class _Package(types.ModuleType):
+    """Imports JAX when `run` is asked for, so that a config file is read, and its mistakes are told, before."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "run":
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        vars(self)["run"] = importlib.import_module(f"{self.__name__}.run").run
+        return vars(self)["run"]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "run":  # a function here, and no import puts the module of this name in its place
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

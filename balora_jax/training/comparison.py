@@ -1,5 +1,6 @@
 """Comparing finished runs: the best cell of every method, and its difference from a reference, seed by seed."""
 
+import json
 import math
 import statistics
 from collections import Counter
@@ -10,7 +11,7 @@ from typing import Any
 
 from scipy import stats
 
-from balora_jax.files import read_json, read_object
+from balora_jax.files import is_number, read_json, read_object
 from balora_jax.training.records import Record, RunError, is_record, parse_line
 
 
@@ -22,11 +23,13 @@ class Run:
         config: its config, nested, as in `config.json`.
         result: its result record.
         curve: its evaluation losses by step.
+        steps: its records of training steps.
     """
 
     config: Mapping[str, Any]
     result: Record
     curve: Mapping[int, float]
+    steps: Sequence[Record] = ()
 
     def field(self, name: str) -> Any:
         """Returns the config's value of a dotted name; a list becomes a tuple."""
@@ -34,6 +37,11 @@ class Run:
         for part in name.split("."):
             value = value[part]
         return _hashable(value)
+
+    def fields(self) -> dict[str, Any]:
+        """Returns all values of the config by dotted names."""
+        names = dotted_names(self.config)
+        return {name: self.field(name) for name in names}
 
     @property
     def loss(self) -> float:
@@ -62,6 +70,16 @@ class Cell:
         """The final losses, in the order of the seeds."""
         return [self.runs[seed].loss for seed in sorted(self.runs)]
 
+    @property
+    def mean(self) -> float:
+        """The mean of the final losses."""
+        return statistics.fmean(self.losses)
+
+    @property
+    def deviation(self) -> float | None:
+        """The standard deviation of the final losses over the seeds; None for one seed."""
+        return statistics.stdev(self.losses) if len(self.runs) > 1 else None
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -72,12 +90,14 @@ class Difference:
         half_width: of the 95 % confidence interval by Student's t.
         better: in how many pairs the value is below the reference.
         n: number of pairs.
+        p_value: of the paired t-test, two-sided.
     """
 
     mean: float
     half_width: float
     better: int
     n: int
+    p_value: float
 
     @property
     def verdict(self) -> str:
@@ -102,33 +122,70 @@ def load_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[Record]]:
     """
     runs: list[Run] = []
     environments: list[Record] = []
+    known: set[str] = set()
     for folder in map(Path, folders):
-        try:
-            configs = read_object(folder / "config.json")
-            records = [parse_line(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            environments += read_json(folder / "environment.json")
-        except (OSError, ValueError) as error:
-            raise RunError(f"{folder} must be the output of a finished run: {error}") from error
-        if not all(is_record(r) and ("member" in r or r["kind"] == "checkpoint") for r in records):
-            raise RunError(f"{folder / 'metrics.jsonl'} holds a line that is no record of a run")
+        configs, records, starts = _read_folder(folder)
+        environments += starts
         results = {r["member"]: r for r in records if r["kind"] == "result"}
-        curves: dict[str, dict[int, float]] = {}
-        counts = Counter((r["kind"], r["member"], r["step"]) for r in records if r["kind"] != "checkpoint")
-        for (kind, member, step), count in counts.items():
-            if count > 1:
-                raise RunError(f"{folder / 'metrics.jsonl'} holds {count} {kind} records of step {step} of {member}")
+        curves: dict[str, dict[int, float]] = {member: {} for member in configs}
+        steps: dict[str, list[Record]] = {member: [] for member in configs}
         for record in records:
             if record["kind"] == "evaluation":
-                curves.setdefault(record["member"], {})[record["step"]] = float(record["evaluation_loss"])
+                curves[record["member"]][record["step"]] = float(record["evaluation_loss"])
+            elif record["kind"] == "train":
+                steps[record["member"]].append(record)
         missing = [member for member in configs if member not in results]
         if missing:
             raise RunError(f"{folder} has not finished: {missing[0]} has no result; run the same command again")
         for member, config in configs.items():
-            run = Run(config, results[member], curves[member])
-            if any(run.config == other.config for other in runs):
+            key = json.dumps(config, sort_keys=True)
+            if key in known:
                 raise ValueError(f"{folder} holds {member}, which another folder holds too")
-            runs.append(run)
+            known.add(key)
+            runs.append(Run(config, results[member], curves[member], steps[member]))
     return runs, environments
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, dict], list[Record], list[Record]]:
+    """The configs, the records of members, and the environments; raises `RunError` for what no run leaves."""
+    try:
+        configs = read_object(folder / "config.json")
+        records = [parse_line(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        environments = read_json(folder / "environment.json")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder} must be the output of a finished run: {error}") from error
+    if not configs or not all(_is_config(config) for config in configs.values()):
+        raise RunError(f"{folder / 'config.json'} must hold the configs of a run by the names of its members")
+    if not isinstance(environments, list) or not all(map(_is_environment, environments)):
+        raise RunError(f"{folder / 'environment.json'} must hold a list of the environments of a run")
+    for number, record in enumerate(records, start=1):
+        if not is_record(record) or (record["kind"] != "checkpoint" and not _is_of_member(record, configs)):
+            raise RunError(f"{folder / 'metrics.jsonl'} holds a line that is no record of a run (line {number})")
+    records = [record for record in records if record["kind"] != "checkpoint"]
+    for (kind, member, step), count in Counter((r["kind"], r["member"], r["step"]) for r in records).items():
+        if count > 1:
+            raise RunError(f"{folder / 'metrics.jsonl'} holds {count} {kind} records of step {step} of {member}")
+    return configs, records, environments
+
+
+def _is_config(config: Any) -> bool:
+    names = {"name": str, "method": str, "seed": int}
+    return isinstance(config, dict) and all(isinstance(config.get(name), kind) for name, kind in names.items())
+
+
+def _is_environment(environment: Any) -> bool:
+    return isinstance(environment, dict) and isinstance(environment.get("packages", {}), dict)
+
+
+def _is_of_member(record: Record, configs: Mapping[str, Any]) -> bool:
+    """Whether the record is of a member, and its numbers are numbers, or in text what JSON has no number for."""
+    if not isinstance(record.get("member"), str) or record["member"] not in configs:
+        return False
+    needed = {"evaluation": ("evaluation_loss",), "result": ("evaluation_loss", "diverged_at")}.get(record["kind"], ())
+    numbers = [name for name in ("evaluation_loss", "loss", "gap_mean", "diverged_at") if name in record]
+    if not record.keys() >= set(needed) or not all(is_number(record[name]) for name in numbers):
+        return False
+    return isinstance(record.get("diverged_at", 0), int)
 
 
 def sorted_by(runs: Iterable[Run], key: Callable[[Run], Hashable]) -> dict[Any, list[Run]]:
@@ -161,8 +218,9 @@ def best_cell(runs: Sequence[Run], fields: Sequence[str]) -> Cell | None:
         return None
     edges = []
     for index, name in enumerate(fields):
-        tried = sorted({cell[index] for cell in cells})
-        if len(tried) > 2 and best[index] in (tried[0], tried[-1]):
+        tried = {cell[index] for cell in cells}
+        numbers = all(isinstance(value, int | float) for value in tried)
+        if numbers and len(tried) > 2 and best[index] in (min(tried), max(tried)):
             edges.append(name)
     diverged = sum(not math.isfinite(run.loss) for run in runs)
     return Cell(dict(zip(fields, best, strict=True)), by_seed, tuple(edges), (len(runs), diverged))
@@ -181,9 +239,11 @@ def paired_difference(values: Sequence[float], references: Sequence[float]) -> D
     if len(values) != len(references) or len(values) < 2:
         raise ValueError(f"values and references must be as many, at least 2, got {len(values)} and {len(references)}")
     differences = [x - y for x, y in zip(values, references, strict=True)]
-    n = len(differences)
-    half_width = stats.t.ppf(0.975, n - 1) * statistics.stdev(differences) / math.sqrt(n)
-    return Difference(statistics.fmean(differences), float(half_width), sum(d < 0 for d in differences), n)
+    n, mean = len(differences), statistics.fmean(differences)
+    error = statistics.stdev(differences) / math.sqrt(n)
+    p_value = 2 * stats.t.sf(abs(mean) / error, n - 1) if error else float(mean == 0)
+    half_width = stats.t.ppf(0.975, n - 1) * error
+    return Difference(mean, float(half_width), sum(d < 0 for d in differences), n, float(p_value))
 
 
 def compare(cell: Cell, reference: Cell) -> Difference:
@@ -197,5 +257,15 @@ def compare(cell: Cell, reference: Cell) -> Difference:
     return paired_difference(cell.losses, reference.losses)
 
 
+def dotted_names(config: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Returns the dotted names of the values in nested mappings."""
+    names: list[str] = []
+    for name, value in config.items():
+        names += dotted_names(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [prefix + name]
+    return names
+
+
 def _hashable(value: Any) -> Any:
-    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+    if isinstance(value, dict):
+        value = list(value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value

@@ -16,13 +16,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from balora_jax.adapters import adapter_scale
-from balora_jax.data.recipes import DataSettings
 from balora_jax.errors import ConfigError
-from balora_jax.methods import BalanceSettings, get_method
-from balora_jax.optimizers import OptimizerSettings
+from balora_jax.settings import (
+    AdapterSettings,
+    BalanceSettings,
+    DataSettings,
+    ModelSettings,
+    OptimizerSettings,
+    TrainingSettings,
+)
+
+if TYPE_CHECKING:
+    from balora_jax.methods import Method
 
 NUMERIC_FIELDS = (
     "seed",
@@ -41,71 +48,6 @@ MOST_RUNS = 10_000
 
 _LARGEST_COUNT = 2**31 - 1  # as steps and places are 32-bit integers on a device
 _SEEDS = "seed", "data.seed"
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """The frozen base.
-
-    Attributes:
-        path: folder in Hugging Face's format, the name of a model that ships with the package, or `owner/model` on the
-            Hugging Face hub.
-        dtype: dtype of activations and products.
-        param_dtype: dtype of the base weights.
-        remat: whether activations are recomputed in the backward pass.
-    """
-
-    path: str = "school-math"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False
-
-
-@dataclass(frozen=True)
-class AdapterSettings:
-    """The adapters.
-
-    Attributes:
-        rank: their rank.
-        alpha: numerator of the scale.
-        targets: names of the layers that get one; a single entry with other than letters, digits, `_` and `.` is a
-            regular expression over dotted paths.
-        dropout: probability of dropping an entry of an adapter's input.
-    """
-
-    rank: int = 8
-    alpha: float = 8.0
-    targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
-    dropout: float = 0.0
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """The loop.
-
-    Attributes:
-        steps: number of optimizer steps.
-        batch_size: rows per micro-batch.
-        accumulate: micro-batches per step.
-        eval_every: steps between evaluations; there is one before the first and one after the last step too.
-        eval_batch_size: examples per evaluation batch.
-        checkpoint_every: steps between checkpoints.
-        keep_checkpoints: number of checkpoints kept.
-        log_every: steps between writes of the metrics of every step.
-        members_at_once: runs of a population that are computed at the same time; None for all. Fewer need less memory.
-        max_new_tokens: tokens generated per answer in the evaluation; None for the length of the longest right answer.
-    """
-
-    steps: int = 1000
-    batch_size: int = 8
-    accumulate: int = 1
-    eval_every: int = 100
-    eval_batch_size: int = 64
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 2
-    log_every: int = 10
-    members_at_once: int | None = None
-    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -199,7 +141,7 @@ def expand(config: Config, sweep: Sweep) -> tuple[Config, ...]:
                 raise ConfigError(f"sweep holds a run twice: {choice}")
             if len(runs) == MOST_RUNS:
                 raise ConfigError(f"sweep must hold at most {MOST_RUNS} runs, got more")
-            for name in get_method(run.method).unused_settings:
+            for name in _method(run).unused_settings:
                 if len(mapping.get(f"optimizer.{name}", ())) > 1:
                     raise ConfigError(
                         f"sweep: optimizer.{name} plays no part in {run.method}, whose runs would be the same"
@@ -347,8 +289,10 @@ def check(config: Config) -> None:
     for name, value in config.options:
         if not math.isfinite(value):
             raise ConfigError(f"options: {name} must be finite, got {value}")
+    from balora_jax.adapters import adapter_scale  # imports JAX: after the cheap mistakes
+
     try:
-        method = get_method(config.method)
+        method = _method(config)
         scale = adapter_scale(config.adapter.alpha, config.adapter.rank, method.scaling)
         steps, options = config.training.steps, dict(config.options)
         method.transformation(config.optimizer, config.balance, steps=steps, scale=scale, options=options)
@@ -361,6 +305,12 @@ def check(config: Config) -> None:
             raise ConfigError(
                 f"optimizer.{name} plays no part in {config.method} and must be left at {default}, got {value}{own}"
             )
+
+
+def _method(config: Config) -> "Method":
+    from balora_jax.methods import get_method  # imports JAX: after the cheap mistakes
+
+    return get_method(config.method)
 
 
 def _full_name(config: Config, message: str) -> str:

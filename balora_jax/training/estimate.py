@@ -13,31 +13,13 @@ from rich.table import Table
 
 from balora_jax.models.weights import abstract_decoder
 from balora_jax.training.config import Config, ConfigError
-from balora_jax.training.memory import NO_MACHINE, check_step
+from balora_jax.training.memory import NO_MACHINE, StepMemory, check_step, shown, step_memory
 from balora_jax.training.step import Program, TrainState
 
 # Keeps the compiler from widening all bfloat16 weights to float32 at once, which it does for CPUs.
 _NARROW: dict[str, str | bool] = {
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"
 }
-
-
-@dataclass(frozen=True)
-class StepMemory:
-    """Memory of a compiled step, in bytes.
-
-    Attributes:
-        arguments: the base, the states of all runs and a batch.
-        temporaries: everything that lives within a step.
-    """
-
-    arguments: int
-    temporaries: int
-
-    @property
-    def peak(self) -> int:
-        """Both together."""
-        return self.arguments + self.temporaries
 
 
 @dataclass(frozen=True)
@@ -139,19 +121,19 @@ def report(name: str, found: Estimate) -> Table:
     table.add_column(overflow="fold")
     table.add_column(justify="right")
     table.add_column(justify="right")
-    table.add_row("parameters of the base", f"{found.base[0]:,}", _bytes(found.base[1]), end_section=True)
+    table.add_row("parameters of the base", f"{found.base[0]:,}", shown(found.base[1]), end_section=True)
     for path, shapes in found.adapters.items():
         size = sum(map(math.prod, shapes))
-        table.add_row(f"{path}: {' + '.join(map(str, shapes))}", f"{size:,}", _bytes(4 * size))  # float32
+        table.add_row(f"{path}: {' + '.join(map(str, shapes))}", f"{size:,}", shown(4 * size))  # float32
     share = f"trained parameters of a run ({found.trained[0] / found.base[0]:.2%} of the base)"
-    table.add_row(share, f"{found.trained[0]:,}", _bytes(found.trained[1]))
-    table.add_row("optimizer state of a run", f"{found.opt_state[0]:,}", _bytes(found.opt_state[1]), end_section=True)
+    table.add_row(share, f"{found.trained[0]:,}", shown(found.trained[1]))
+    table.add_row("optimizer state of a run", f"{found.opt_state[0]:,}", shown(found.opt_state[1]), end_section=True)
     runs = "one run" if found.members == 1 else f"{found.members} runs together"
-    table.add_row("base, states and batch", "", _bytes(found.step.arguments))
-    table.add_row("temporaries", "", _bytes(found.step.temporaries))
-    table.add_row(f"peak of a step of {runs} on {found.device}", "", _bytes(found.step.peak))
+    table.add_row("base, states and batch", "", shown(found.step.arguments))
+    table.add_row("temporaries", "", shown(found.step.temporaries))
+    table.add_row(f"peak of a step of {runs} on {found.device}", "", shown(found.step.peak))
     if found.narrow_step is not None:
-        table.add_row("without the float32 copies of weights that only CPUs make", "", _bytes(found.narrow_step.peak))
+        table.add_row("without the float32 copies of weights that only CPUs make", "", shown(found.narrow_step.peak))
     table.caption = f"compiled in {found.seconds:.0f} s"
     return table
 
@@ -177,16 +159,7 @@ def _size(tree: Any, members: int = 1) -> tuple[int, int]:
 
 
 def _memory(compiled: jax.stages.Compiled) -> StepMemory:
-    analysis = compiled.memory_analysis()
-    if analysis is None:
+    found = step_memory(compiled)
+    if found is None:
         raise ConfigError(f"the compiler for {jax.devices()[0].device_kind} does not tell the memory of a program")
-    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes  # what does not take the place of an argument
-    return StepMemory(analysis.argument_size_in_bytes, analysis.temp_size_in_bytes + new)
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}"
-        number /= 1024
-    return f"{number:.1f} GiB"
+    return found

@@ -1,7 +1,7 @@
 """Evaluation of a population: loss per example, and answers, generated greedily or chosen by their likelihood."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import jax
@@ -16,6 +16,9 @@ from balora_jax.models import Decoder
 from balora_jax.models.weights import tensor_name
 from balora_jax.training.step import Program, TrainState
 
+MOST_ANSWERS, LONGEST_ANSWER = 100, 2000
+"""Answers of a run that are kept, and characters of each."""
+
 
 class EvaluationSet(NamedTuple):
     """Examples to evaluate on.
@@ -28,6 +31,7 @@ class EvaluationSet(NamedTuple):
         tokenizer: the tokenizer.
         score: whether an answer is right; None where there are no answers, only a loss.
         choices: for each example the answers to choose from; None where answers are free.
+        prompts: for each example the question as text; None where there are no answers.
     """
 
     encoded: Encoded
@@ -37,6 +41,7 @@ class EvaluationSet(NamedTuple):
     tokenizer: Tokenizer
     score: Score | None = exact_match
     choices: list[list[str]] | None = None
+    prompts: list[str] | None = None
 
     @property
     def score_name(self) -> str | None:
@@ -59,7 +64,8 @@ class EvaluationSet(NamedTuple):
         arrays = pad(encoded, length=length, pad_id=tokenizer.pad_id).arrays()
         columns = examples.select(encoded.kept)[:]
         answers = np.asarray(columns["answer"] if score else [""] * len(encoded.kept))
-        return cls(encoded, np.asarray(columns["module"]), answers, arrays, tokenizer, score, columns.get("choices"))
+        modules, texts = np.asarray(columns["module"]), [columns.get(name) for name in ("choices", "prompt")]
+        return cls(encoded, modules, answers, arrays, tokenizer, score, *texts)
 
 
 class Losses(NamedTuple):
@@ -272,6 +278,31 @@ def accuracies(texts: Sequence[str], examples: EvaluationSet) -> dict[str, float
     right = np.array([examples.score(*pair) for pair in zip(texts, examples.answers.tolist(), strict=True)])
     names = sorted(set(examples.modules.tolist()))
     return {"all": float(right.mean()), **{n: float(right[examples.modules == n].mean()) for n in names}}
+
+
+def sample_answers(texts: Sequence[str], examples: EvaluationSet) -> list[dict[str, Any]]:
+    """Returns some of a member's answers to look at, evenly spread over the examples, `MOST_ANSWERS` at the most.
+
+    Args:
+        texts: its answers, as `answer` returns them.
+        examples: what was answered; they must have a score.
+
+    Returns:
+        For each the `module`, the `prompt`, the `expected` answer, the `answer`, and whether it is `right`; of texts
+        the first `LONGEST_ANSWER` characters.
+    """
+    assert examples.score is not None
+    assert examples.prompts is not None
+    found = []
+    for i in np.unique(np.linspace(0, len(texts) - 1, min(len(texts), MOST_ANSWERS)).round().astype(int)).tolist():
+        expected = str(examples.answers[i])
+        shown = {"prompt": examples.prompts[i], "expected": expected, "answer": texts[i]}
+        found.append(
+            {"module": str(examples.modules[i])}
+            | {name: text[:LONGEST_ANSWER] for name, text in shown.items()}
+            | {"right": bool(examples.score(texts[i], expected))}
+        )
+    return found
 
 
 def _chunks(count: int, size: int) -> Iterator[tuple[slice, np.ndarray]]:

@@ -1,6 +1,7 @@
 """What a run needs at the least, reckoned before it is tried: a system that is short of memory kills processes."""
 
 import os
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,42 @@ NO_MACHINE = 2**50
 """Bytes that no machine has."""
 
 _BATCH_BYTES = 13  # of a token in a batch: three int32 and a bool
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Memory of a compiled step, in bytes.
+
+    Attributes:
+        arguments: the base, the states of all runs and a batch.
+        temporaries: everything that lives within a step.
+    """
+
+    arguments: int
+    temporaries: int
+
+    @property
+    def peak(self) -> int:
+        """Both together."""
+        return self.arguments + self.temporaries
+
+
+def step_memory(compiled: jax.stages.Compiled) -> StepMemory | None:
+    """Returns the memory of a compiled step, or None where the compiler does not tell."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes  # what does not take the place of an argument
+    return StepMemory(analysis.argument_size_in_bytes, analysis.temp_size_in_bytes + new)
+
+
+def shown(number: float) -> str:
+    """Returns a number of bytes as people write it."""
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}"
+        number /= 1024
+    return f"{number:.1f} GiB"
 
 
 def memory_limit() -> int:

@@ -3,8 +3,9 @@
 config.json        the config of every member, as it was resolved
 environment.json   versions, device, commit and command of every start
 metrics.jsonl      the record: training steps, evaluations, checkpoints, results
+answers.jsonl      some answers of the last evaluation, with what was asked and expected, to look at
 checkpoints/       per population
-results.json, results.txt, figure.png    made from metrics.jsonl at the end
+results.json, results.txt, figure.png, report.html    made from metrics.jsonl at the end
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ import jax
 
 from balora_jax.errors import ConfigError, RunError
 from balora_jax.files import MOST_NESTED, is_nested_too_deeply, open_to_append, read_json, whole_file
+from balora_jax.methods import get_method
 from balora_jax.training.config import Config
+from balora_jax.training.live import LiveLog
 
 try:
     import fcntl
@@ -45,6 +48,7 @@ class RunDirectory:
 
     Attributes:
         path: the folder.
+        started: when the run in it was first started.
     """
 
     def __init__(self, path: Path, members: dict[str, Config]):
@@ -52,14 +56,16 @@ class RunDirectory:
 
         Args:
             path: the folder; is made if it does not exist.
-            members: the run's configs by name.
+            members: the run's configs by name. They may ask for more steps than those of the run that is there; its
+                results are then forgotten, and it goes on.
 
         Raises:
-            ConfigError: the folder cannot be written, holds a run of another config, or what is no run's.
+            ConfigError: the folder cannot be written, holds a run of another config, or what is no run's; or the run
+                there cannot go on to more steps, as its first ones depend on their number.
             RunError: another process is working in it, or its record is broken.
         """
         self.path = path
-        resolved = {name: dataclasses.asdict(config) for name, config in members.items()}
+        resolved = json.loads(json.dumps({name: dataclasses.asdict(config) for name, config in members.items()}))
         config_file = path / "config.json"
         try:
             if path.exists() and not path.is_dir():
@@ -75,13 +81,20 @@ class RunDirectory:
         except OSError:
             raise RunError(f"another process is working in {path}; wait for it or choose another --output") from None
         self._metrics, self._members = path / "metrics.jsonl", set(members)
+        self._watcher: LiveLog | None = None
         try:
-            if config_file.exists():
-                self._check_same(_parse(config_file, dict), json.loads(json.dumps(resolved)))
-            else:
+            before = _parse(config_file, dict) if config_file.exists() else None
+            goes_on = before is not None and _asks_for_more(before, resolved)
+            if goes_on:
+                self._check_goes_on(before, members)
+            elif before is not None:
+                self._check_same(before, resolved)
+            self.records = self._read()
+            if goes_on:  # first, lest a kill leave results of fewer steps than the config has
+                self._forget_the_end(before)
+            if before is None or goes_on:
                 with whole_file(config_file) as file:
                     file.write(json.dumps(resolved, indent=2) + "\n")
-            self.records = self._read()
             self._write_environment()
         except OSError as error:
             raise RunError(f"cannot use the output folder {path}: {error.strerror or error}") from error
@@ -89,6 +102,12 @@ class RunDirectory:
     def close(self) -> None:
         """Lets other processes use the directory."""
         self._lock.close()
+        if self._watcher is not None:
+            self._watcher.close()
+
+    def watch(self, watcher: LiveLog) -> None:
+        """Hands what is added from now on to a log too, which is closed with the directory."""
+        self._watcher = watcher
 
     def append(self, records: Iterable[Record]) -> None:
         """Adds lines to the record and waits until they are on disk."""
@@ -98,6 +117,31 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
         self.records += records
+        if self._watcher is not None:
+            self._watcher.write(records)
+
+    def write_answers(self, population: str, answers: Iterable[Record]) -> None:
+        """Writes the answers of a population, in the place of those that it had.
+
+        Args:
+            population: its name.
+            answers: with the `member` that gave it; the population is added.
+
+        Raises:
+            RunError: a line of the file is broken.
+        """
+        file, kept = self.path / "answers.jsonl", []
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if file.exists() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                other = parse_line(line)["population"] != population
+            except (KeyError, TypeError, ValueError) as error:
+                raise RunError(f"{file}, line {number} is no answer ({error}); delete the file to go on") from None
+            if other:
+                kept.append(line)
+        with whole_file(file) as out:
+            out.writelines(kept)
+            out.writelines(json.dumps({"population": population} | answer) + "\n" for answer in answers)
 
     def rewind(self, population: str, step: int) -> None:
         """Forgets what a population recorded after a step: it is about to be done again."""
@@ -151,6 +195,32 @@ class RunDirectory:
                 if entry.is_symlink():
                     raise ConfigError(f"{entry} is a link, through which a run would write elsewhere; remove it")
 
+    def _check_goes_on(self, before: Any, members: Mapping[str, Config]) -> None:
+        """Raises if the first steps of a run depend on the number of all."""
+        for name, config in members.items():
+            schedule, steps = config.optimizer.schedule, config.training.steps
+            if schedule != "constant":
+                why = f"the learning rate falls to zero at its end (optimizer.schedule {schedule})"
+            elif get_method(config.method).phased:
+                why = f"the phases of {config.method} are shares of it"
+            else:
+                continue
+            raise ConfigError(
+                f"{self.path} holds a run of {before[name]['training']['steps']} steps, which cannot go on to {steps}: "
+                f"{why}; choose another --output for a run of {steps} from the start"
+            )
+
+    def _forget_the_end(self, before: Any) -> None:
+        """Forgets what a run records at its last step alone: results, and an evaluation out of turn."""
+
+        def is_end(record: Record) -> bool:
+            if record["kind"] == "result":
+                return True
+            training = before[record["member"]]["training"] if record["kind"] == "evaluation" else {}
+            return record["step"] == training.get("steps") and record["step"] % training["eval_every"] != 0
+
+        self.forget([record for record in self.records if is_end(record)])
+
     def _check_same(self, old: Any, new: Any) -> None:
         for name in sorted(set(old) | set(new)):
             before, after = _flat(old.get(name, {})), _flat(new.get(name, {}))
@@ -197,6 +267,7 @@ class RunDirectory:
         environments = self.path / "environment.json"
         starts = _parse(environments, list) if environments.exists() else []
         starts.append(environment())
+        self.started = str(starts[0].get("time"))
         with whole_file(environments) as file:
             file.write(json.dumps(starts, indent=2) + "\n")
 
@@ -245,6 +316,19 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix[:-1]: value}
     return {key: leaf for name, item in value.items() for key, leaf in _flat(item, f"{prefix}{name}.").items()}
+
+
+def _asks_for_more(before: Any, after: Any) -> bool:
+    """Whether the configs of a run differ from earlier ones in nothing but more steps."""
+    if before.keys() != after.keys():
+        return False
+    for name, config in after.items():
+        old, new = _flat(before[name]), _flat(config)
+        if {field for field in old | new if old.get(field) != new.get(field)} != {"training.steps"}:
+            return False
+        if not isinstance(old["training.steps"], int) or old["training.steps"] > new["training.steps"]:
+            return False
+    return True
 
 
 def _parse(file: Path, kind: type) -> Any:

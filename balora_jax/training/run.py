@@ -3,10 +3,10 @@
 import json
 import re
 import signal
+import statistics
 import time
 import zlib
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +16,33 @@ import numpy as np
 from rich.console import Console
 
 from balora_jax.console import PlainConsole
-from balora_jax.data import recipes
-from balora_jax.data.batches import Arrays, Rows, batches, encode, pack, pad
-from balora_jax.data.hub_tokenizer import load_tokenizer
-from balora_jax.data.recipes import DataSettings
+from balora_jax.data.batches import Arrays, batches
 from balora_jax.files import whole_file
-from balora_jax.models import Decoder
-from balora_jax.models.weights import load_decoder
-from balora_jax.training import figures, results
+from balora_jax.training import figures, report, results
 from balora_jax.training.checkpoints import Checkpoints
 from balora_jax.training.config import (
     NUMERIC_FIELDS,
     Config,
     ConfigError,
-    ModelSettings,
     Sweep,
     expand,
     field_names,
     get_field,
 )
 from balora_jax.training.evaluation import (
-    EvaluationSet,
     Losses,
     accuracies,
     answer,
     evaluate_loss,
+    sample_answers,
     what_is_not_finite,
 )
 from balora_jax.training.interruption import Interrupted, Interruptions
-from balora_jax.training.memory import check_evaluation, check_step, memory_limit
-from balora_jax.training.progress import TrainingProgress
+from balora_jax.training.live import LiveLog
+from balora_jax.training.loading import base_model, load_data
+from balora_jax.training.memory import check_evaluation, check_step, memory_limit, shown, step_memory
+from balora_jax.training.plan import plan
+from balora_jax.training.progress import TrainingProgress, phase
 from balora_jax.training.records import RunDirectory, RunError
 from balora_jax.training.step import Program, TrainState
 from balora_jax.transform import check_projection, projection_states
@@ -53,7 +50,7 @@ from balora_jax.transform import check_projection, projection_states
 Members = dict[str, Config]
 
 
-def run(config: Config, sweep: Sweep, output: Path, console: Console) -> list[dict]:
+def run(config: Config, sweep: Sweep, output: Path, console: Console, *, log: str | None = None) -> list[dict]:
     """Trains every member of a sweep, or goes on where an earlier call was stopped.
 
     Args:
@@ -61,6 +58,7 @@ def run(config: Config, sweep: Sweep, output: Path, console: Console) -> list[di
         sweep: the fields in which they differ.
         output: the run directory.
         console: where progress is shown.
+        log: a name in `balora_jax.training.live.LIBRARIES`: where the metrics are shown while the run goes on.
 
     Returns:
         The rows of the result's table, which is also written to the run directory.
@@ -72,9 +70,17 @@ def run(config: Config, sweep: Sweep, output: Path, console: Console) -> list[di
     """
     populations = sort_into_populations(expand(config, sweep))
     everyone = {name: member for members in populations.values() for name, member in members.items()}
-    programs = {name: _program(name, members) for name, members in populations.items()}  # fails before files are made
+    programs = {}  # fails before files are made
+    for name, members in populations.items():
+        with phase(console, f"{name}: reading the base and the data"):
+            programs[name] = _program(name, members)
     directory = RunDirectory(output, everyone)
+    if log is not None:
+        identity, resumed = f"{output.resolve()} {directory.started}", bool(directory.records)
+        directory.watch(LiveLog(log, output, everyone, identity=identity, resumed=resumed))
     try:
+        for line in plan(populations, programs, output, len(directory.of("result"))):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         for name, members in populations.items():
             if len(directory.of("result", population=name)) < len(members):
                 Trainer(name, members, programs[name], directory, console).train()
@@ -88,6 +94,7 @@ def run(config: Config, sweep: Sweep, output: Path, console: Console) -> list[di
             PlainConsole(file=file, width=results.TABLE_WIDTH).print(results.table(rows))
         with whole_file(output / "figure.png", "wb") as file:
             figures.loss_curves(directory, rows, file)
+        report.write_if_possible(output)
     except OSError as error:
         raise RunError(
             f"cannot write to {output} ({error.strerror or error}); once that is mended, the same command goes on"
@@ -123,9 +130,9 @@ class Trainer:
         self._name, self._members, self._program = name, members, program
         self._directory, self._console = directory, console
         self._config = next(iter(members.values()))
-        self._train_rows, self._examples, left_out = load_data(self._config.data, self._config.model.path)
-        for what, count in left_out.items():
-            console.print(f"{name}: left out {count} {what}", markup=False, soft_wrap=True)
+        self._train_rows, self._examples, notes = load_data(self._config.data, self._config.model.path)
+        for note in (*notes["training"], *notes["evaluation"]):
+            console.print(f"{name}: {note}", markup=False, highlight=False, soft_wrap=True)
         seeds = sorted({member.seed for member in members.values()})
         self._iterators = {seed: self._batches(seed) for seed in seeds}
         self._done = self._saved = 0  # steps
@@ -139,12 +146,13 @@ class Trainer:
         settings = self._config.training
         checkpoints = Checkpoints(self._directory.path / "checkpoints" / self._name, keep=settings.keep_checkpoints)
         try:
-            state = self._resume(checkpoints)
+            with phase(self._console, f"{self._name}: starting the adapters"):
+                state = self._resume(checkpoints)
             with TrainingProgress(self._console, self._name, settings.steps, self._done) as progress:
                 if self._lacks_evaluation(self._done):  # the first, or one that a signal has broken off
-                    self._record_evaluation(self._losses(state), self._done)
+                    self._record_evaluation(self._losses(state, progress), self._done)
                 state = self._steps(state, checkpoints, progress)
-            self._record_results(state)
+                self._record_results(state, progress)
         except KeyboardInterrupt as interruption:
             raise Interrupted(self._what_is_left(), getattr(interruption, "signal", signal.SIGINT)) from None
         finally:
@@ -194,30 +202,30 @@ class Trainer:
     def _steps(self, state, checkpoints: Checkpoints, progress: TrainingProgress) -> TrainState:
         settings = self._config.training
         waiting: list[tuple[int, dict, float]] = []
-        compiled, tokens = False, 0
+        compiled_step, first = None, self._done + 1
         with Interruptions() as interruptions:
             for step in range(self._done + 1, settings.steps + 1):
                 batch = self._next_batch()
+                compiled_step = compiled_step or self._compiled_step(state, batch, progress)
                 start = time.perf_counter()
-                state, metrics = self._program.step(state, self._program.base, batch)
+                state, metrics = compiled_step(state, self._program.base, batch)
                 jax.block_until_ready(state.step)
                 seconds = time.perf_counter() - start
-                tokens += int((batch["segment_ids"] > 0).sum())
+                progress.update(step, _median(metrics["loss"]), int((batch["segment_ids"] > 0).sum()))
                 if step == 1:
                     self._check_start(metrics["loss"], "loss of the first batch")
-                waiting.append((step, metrics, seconds if compiled else float("nan")))
-                compiled, self._done = True, step
+                waiting.append((step, metrics, seconds if step > first else float("nan")))
+                self._done = step
                 stopping = interruptions.received is not None
                 evaluating = self._evaluates_at(step) and not stopping
                 saving = step == settings.steps or step % settings.checkpoint_every == 0
                 if evaluating or saving or stopping or step % settings.log_every == 0:
-                    loss = self._record_steps(waiting)
+                    self._record_steps(waiting)
                     self._check_balance(state)
-                    progress.update(step, loss, tokens)
-                    waiting, tokens = [], 0
+                    waiting = []
                 if evaluating:
                     with interruptions.at_once():
-                        losses = self._losses(state)
+                        losses = self._losses(state, progress)
                     if interruptions.received is None:
                         self._record_evaluation(losses, step)
                 if saving or interruptions.received is not None:
@@ -232,8 +240,17 @@ class Trainer:
         self._directory.append([{"kind": "checkpoint", "population": self._name, "step": self._done}])
         self._saved = self._done
 
-    def _record_steps(self, waiting: list[tuple[int, dict, float]]) -> float:
-        """Writes the metrics of some steps; returns the last median loss."""
+    def _compiled_step(self, state: TrainState, batch: Arrays, progress: TrainingProgress) -> Callable:
+        """The step, compiled before the first, so that its time and its memory can be told."""
+        with progress.phase("compiling the step") as say:
+            compiled = self._program.step.lower(state, self._program.base, batch).compile()
+            memory = step_memory(compiled)
+            if memory is not None:
+                say(f"a step needs {shown(memory.peak)} of {shown(memory_limit())}")
+        return compiled
+
+    def _record_steps(self, waiting: list[tuple[int, dict, float]]) -> None:
+        """Writes the metrics of some steps."""
         records = []
         for step, metrics, seconds in waiting:
             values = {name: np.asarray(value) for name, value in metrics.items()}
@@ -244,7 +261,6 @@ class Trainer:
                     record["seconds"] = seconds
                 records.append(record)
         self._directory.append(records)
-        return float(np.nanmedian(np.where(np.isfinite(values["loss"]), values["loss"], np.nan)))
 
     def _check_balance(self, state: TrainState) -> None:
         """Raises if the optimizer of a method undoes the balancing of its pairs."""
@@ -263,8 +279,12 @@ class Trainer:
                     f"{what_is_not_finite(self._program.base)}"
                 )
 
-    def _losses(self, state: TrainState) -> Losses:
-        return evaluate_loss(self._program, state, self._examples, batch_size=self._config.training.eval_batch_size)
+    def _losses(self, state: TrainState, progress: TrainingProgress) -> Losses:
+        batch_size = self._config.training.eval_batch_size
+        with progress.phase(f"step {self._done}/{self._config.training.steps}: evaluating") as say:
+            losses = evaluate_loss(self._program, state, self._examples, batch_size=batch_size)
+            say(_shown(dict(zip(self._members, losses.total.tolist(), strict=True))))
+        return losses
 
     def _record_evaluation(self, losses: Losses, step: int) -> None:
         if step == 0:
@@ -281,21 +301,30 @@ class Trainer:
             for index, member in enumerate(self._members)
         )
 
-    def _record_results(self, state: TrainState) -> None:
+    def _record_results(self, state: TrainState, progress: TrainingProgress) -> None:
         steps = self._config.training.steps
         self._directory.forget(self._directory.of("result", population=self._name))  # some, if that was interrupted
         if self._examples.score is None:
             shares: list[dict] = [{"all": None} for _ in self._members]
         else:
             settings = self._config.training
-            texts = answer(
-                self._program,
-                state,
-                self._examples,
-                batch_size=settings.eval_batch_size,
-                max_new_tokens=settings.max_new_tokens,
-            )
+            with progress.phase("answering the questions of the evaluation"):
+                texts = answer(
+                    self._program,
+                    state,
+                    self._examples,
+                    batch_size=settings.eval_batch_size,
+                    max_new_tokens=settings.max_new_tokens,
+                )
             shares = [accuracies(own, self._examples) for own in texts]
+            self._directory.write_answers(
+                self._name,
+                (
+                    {"member": member, "step": steps} | shown
+                    for member, own in zip(self._members, texts, strict=True)
+                    for shown in sample_answers(own, self._examples)
+                ),
+            )
         diverged, sizes = np.array(state.diverged_at), self._program.sizes(state)
         records = []
         for index, member in enumerate(self._members):
@@ -345,67 +374,14 @@ class Trainer:
         return {name: np.stack([row[name] for row in rows]).reshape(shape) for name in rows[0]}
 
 
-@cache
-def _base_model(settings: ModelSettings) -> Decoder:
-    return load_model(settings)
-
-
-def load_model(settings: ModelSettings) -> Decoder:
-    """Returns a new decoder; raises `ConfigError` if it cannot be loaded."""
-    try:
-        return load_decoder(settings.path, dtype=settings.dtype, param_dtype=settings.param_dtype, remat=settings.remat)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: {error}") from error
-
-
-_LENGTH_MULTIPLE = 64
-
-
-@cache
-def load_data(settings: DataSettings, model: str = ModelSettings.path) -> tuple[Rows, EvaluationSet, dict[str, int]]:
-    """Training rows, evaluation examples, and how much was left out, by what it is.
-
-    Args:
-        settings: what to load.
-        model: path or name of the model that gets them, whose tokenizer is used if the settings name no other.
-
-    Raises:
-        ConfigError: the settings, the data or the tokenizer do not do.
-    """
-    try:
-        tokenizer = load_tokenizer(model, settings.tokenizer)
-    except (OSError, ImportError, ValueError) as error:
-        raise ConfigError(f"{'data.tokenizer' if settings.tokenizer else 'model.path'}: {error}") from error
-    try:
-        splits = recipes.load(settings)
-        train, held_out = (
-            encode(split, tokenizer, max_length=settings.length) for split in (splits.train, splits.evaluation)
-        )
-        left_out = (
-            splits.left_out
-            | recipes.check_lengths(settings, splits.train, train.kept, "training")
-            | recipes.check_lengths(settings, splits.evaluation, held_out.kept, "evaluation")
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(str(error) if str(error).startswith("data.") else f"data: {error}") from error
-    if settings.packing:
-        rows = pack(train, length=settings.length, pad_id=tokenizer.pad_id)
-    else:  # no longer than they must be, in multiples that devices like
-        longest = max(map(len, train.tokens))
-        length = min(settings.length, -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
-        rows = pad(train, length=length, pad_id=tokenizer.pad_id)
-    examples = EvaluationSet.build(held_out, splits.evaluation, tokenizer, score=splits.score)
-    return rows, examples, left_out
-
-
 def _program(name: str, members: Mapping[str, Config]) -> Program:
     config = next(iter(members.values()))
     try:
-        program = Program(config, _base_model(config.model))
+        program = Program(config, base_model(config.model))
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError(f"{name}: {error}") from error
     rows, examples, _ = load_data(config.data, config.model.path)
-    model, limit = _base_model(config.model).config, memory_limit()
+    model, limit = base_model(config.model).config, memory_limit()
     check_step(config, model, members=len(members), length=rows.length, limit=limit)
     check_evaluation(config.training, model, examples, limit=limit)
     return program
@@ -420,6 +396,20 @@ def _label(config: Config, field: str) -> str:
     if len(text) > 40 or (isinstance(value, str) and text != value):
         text = f"{text[:24]}~{zlib.crc32(repr(value).encode()):08x}"
     return f"{field.rsplit('.', 1)[-1]}={text}"
+
+
+def _median(losses: Any) -> float:
+    """Of those that are finite; nan if none is."""
+    finite = [loss for loss in np.asarray(losses).tolist() if np.isfinite(loss)]
+    return statistics.median(finite) if finite else float("nan")
+
+
+def _shown(losses: Mapping[str, float]) -> str:
+    """Evaluation losses in a line: the best member's, and the median if there are several."""
+    best = min(losses, key=lambda name: losses[name] if np.isfinite(losses[name]) else float("inf"))
+    if len(losses) == 1:
+        return f"evaluation loss {losses[best]:.4f}"
+    return f"evaluation loss {losses[best]:.4f} at best ({best}), median {_median([*losses.values()]):.4f}"
 
 
 def _number(value) -> float | int | str:

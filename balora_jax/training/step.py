@@ -19,6 +19,7 @@ from flax import nnx
 from balora_jax.adapters import (
     LORA_GA,
     AdapterOffset,
+    AdapterScale,
     LoRALinear,
     adapter_scale,
     add_adapters,
@@ -94,6 +95,7 @@ class Program:
     Attributes:
         config: the config of any of them.
         base: the frozen parameters, shared by all members and passed to every function.
+        trained_parameters: how many numbers one member trains.
     """
 
     def __init__(self, config: Config, base_model: Decoder):
@@ -113,6 +115,7 @@ class Program:
         model.train()
         self._train_graph, *states = nnx.split(model, nnx.LoRAParam, nnx.RngState, AdapterOffset, ...)
         self.base: nnx.State = states[-1]
+        self.trained_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(states[0]))
         model.eval()
         self._eval_graph = nnx.graphdef(model)
         self.step = jax.jit(self._step, donate_argnums=0)
@@ -163,7 +166,7 @@ class Program:
             return math.prod(array.shape[1:])
 
         return {
-            "trained_parameters": sum(map(of_member, jax.tree.leaves(state.adapters))),
+            "trained_parameters": self.trained_parameters,
             "state_bytes": sum(of_member(array) * array.dtype.itemsize for array in jax.tree.leaves(state.opt_state)),
         }
 
@@ -186,7 +189,7 @@ class Program:
         scale = adapter_scale(state.numbers["adapter.alpha"], self.config.adapter.rank, self._method.scaling)
         for _, adapter in iter_adapters(model):
             if isinstance(adapter, LoRALinear):
-                adapter.scale[...] = jnp.full_like(adapter.scale[...], scale)
+                adapter.scale = AdapterScale(jnp.full(adapter.scale.shape, scale, adapter.scale.dtype))
         return model
 
     def _gradient_start(self, seed: int, batches: Mapping[str, Any]):

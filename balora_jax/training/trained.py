@@ -8,14 +8,17 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
+from flax import nnx
 
 from balora_jax.files import read_json, read_object
 from balora_jax.models import Decoder
+from balora_jax.models.weights import abstract_decoder
 from balora_jax.training.checkpoints import Checkpoints
 from balora_jax.training.config import Config, ConfigError, check_types
+from balora_jax.training.loading import load_model
 from balora_jax.training.records import RunError
-from balora_jax.training.run import load_model, sort_into_populations
-from balora_jax.training.step import Program
+from balora_jax.training.run import sort_into_populations
+from balora_jax.training.step import Program, TrainState
 
 
 class Trained(NamedTuple):
@@ -36,12 +39,13 @@ class Trained(NamedTuple):
     diverged_at: int
 
 
-def load_trained(run: Path, member: str | None = None) -> Trained:
+def load_trained(run: Path, member: str | None = None, *, weights: bool = True) -> Trained:
     """Reads a member of a run from its latest checkpoint.
 
     Args:
         run: a run directory.
         member: its name; default the only one, or the only one of the best cells of the table.
+        weights: whether those of the base are read. Otherwise the model has shapes in their place, and its adapters.
 
     Raises:
         ConfigError: this is no run directory, there is no such member, or it is not clear which is meant.
@@ -63,8 +67,7 @@ def load_trained(run: Path, member: str | None = None) -> Trained:
         step = checkpoints.latest_step()
         if step is None:
             raise RunError(f"{run} has no checkpoint of {name}; let the run go on first")
-        program = Program(members[name], load_model(members[name].model))
-        like = jax.eval_shape(lambda: program.initial_state(list(together.values()), _any_batches(program, together)))
+        program, like = _with_base(together) if weights else _without_base(together)
         states, _ = checkpoints.restore(step, like)
     finally:
         checkpoints.close()
@@ -72,6 +75,37 @@ def load_trained(run: Path, member: str | None = None) -> Trained:
     state = jax.tree.map(lambda x: x[index], states)
     model = program.member_model(state, program.base)
     return Trained(name, members[name], model, step, int(state.diverged_at))
+
+
+def _with_base(members: Mapping[str, Config]) -> tuple[Program, TrainState]:
+    """The program of a population, and the shapes of its state."""
+    config = next(iter(members.values()))
+    program = Program(config, load_model(config.model))
+    return program, jax.eval_shape(lambda: _initial_state(program, members))
+
+
+def _without_base(members: Mapping[str, Config]) -> tuple[Program, TrainState]:
+    """As `_with_base`, with shapes in the place of the base's weights: no more than its config.json is read."""
+    config = next(iter(members.values()))
+    settings = config.model
+    try:
+        graph, bare = nnx.split(abstract_decoder(settings.path, dtype=settings.dtype, param_dtype=settings.param_dtype))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: {error}") from error
+    programs = []
+
+    def traced(bare: nnx.State) -> tuple[TrainState, nnx.State]:
+        program = Program(config, nnx.merge(graph, bare, copy=True))
+        programs.append(program)
+        return _initial_state(program, members), program.base
+
+    like, base = jax.eval_shape(traced, bare)
+    programs[0].base = base
+    return programs[0], like
+
+
+def _initial_state(program: Program, members: Mapping[str, Config]) -> TrainState:
+    return program.initial_state(list(members.values()), _any_batches(program, members))
 
 
 def read_members(run: Path) -> dict[str, Config]:

@@ -20,9 +20,7 @@ Differs:   as in table1.py: the base's dtype. BaLoRA is the authors': raw SVD fa
 
 import numpy as np
 
-from balora_jax.data.recipes import DataSettings
-from balora_jax.methods import BalanceSettings
-from balora_jax.training import AdapterSettings, Config, ModelSettings, TrainingSettings
+from balora_jax.training import AdapterSettings, BalanceSettings, Config, DataSettings, ModelSettings, TrainingSettings
 
 config = Config(
     name="figure10",

@@ -20,9 +20,7 @@ Differs:   the base is bfloat16, the authors load it in float32 (--model.dtype f
 
 import numpy as np
 
-from balora_jax.data.recipes import DataSettings
-from balora_jax.methods import BalanceSettings
-from balora_jax.training import AdapterSettings, Config, ModelSettings, TrainingSettings
+from balora_jax.training import AdapterSettings, BalanceSettings, Config, DataSettings, ModelSettings, TrainingSettings
 
 config = Config(
     name="table3",

@@ -14,9 +14,7 @@ Differs:   the base is bfloat16 with rematerialisation, theirs float32 without: 
            --model.param-dtype float32 --model.no-remat. The start of LoRA-GA, before the first step, is not estimated
 """
 
-from balora_jax.data.recipes import DataSettings
-from balora_jax.methods import BalanceSettings
-from balora_jax.training import AdapterSettings, Config, ModelSettings, TrainingSettings
+from balora_jax.training import AdapterSettings, BalanceSettings, Config, DataSettings, ModelSettings, TrainingSettings
 
 config = Config(
     name="table6",

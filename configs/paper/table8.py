@@ -19,9 +19,7 @@ Differs:   the base is bfloat16. The scale is A_scaling squared at every rank; t
            BaLoRA is theirs: raw SVD factors, Adam's moments as they are
 """
 
-from balora_jax.data.recipes import DataSettings
-from balora_jax.methods import BalanceSettings
-from balora_jax.training import AdapterSettings, Config, ModelSettings, TrainingSettings
+from balora_jax.training import AdapterSettings, BalanceSettings, Config, DataSettings, ModelSettings, TrainingSettings
 
 config = Config(
     name="table8",

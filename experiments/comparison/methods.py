@@ -2,19 +2,35 @@
 
 RUN are output folders of `balora-jax run configs/compare_methods.py`, of the whole sweep or of parts of it. For each
 method the learning rate with the lowest mean final evaluation loss over the seeds is taken; its losses are compared
-with LoRA's at LoRA's own best rate, seed by seed. Times of a step are those of `benchmarks/methods.py`.
+with LoRA's at LoRA's own best rate, seed by seed. Times of a step are those of `benchmarks/methods.py`. Without RUN the
+figures are drawn again from the record, that of the losses if it holds curves.
 """
 
 import json
+import statistics
 import sys
 from collections.abc import Collection
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from tables import HERE, best_text, difference_text, loss_text, recorded, summary, write, write_table
+from tables import (
+    HERE,
+    best_text,
+    difference_text,
+    loss_text,
+    recorded,
+    recorded_rows,
+    save_figure,
+    standing_records,
+    summary,
+    write,
+    write_table,
+)
 
+from balora_jax.training.colors import color_of
 from balora_jax.training.comparison import Cell, best_cell, compare, load_runs, sorted_by
+from balora_jax.training.figures import draw_standings, label_ends, name_values
 
 TIMES = HERE.parent.parent / "benchmarks" / "recorded" / "methods-cpu.json"
 SHOWN = 8
@@ -31,31 +47,44 @@ def unbalanced(name: str, cells: Collection[str]) -> str | None:
     return next((other for other in names if name.startswith("balora") and other in cells), None)
 
 
-def draw(cells: dict[str, Cell], times: dict[str, dict]):
-    """Evaluation loss over steps and over time, median over the seeds; the best methods and LoRA in colour."""
-    order = sorted(cells, key=lambda name: np.mean(cells[name].losses))
-    coloured = [name for name in order if name in order[: SHOWN - 2] or name in ("lora", "balora")]
+def median_curve(cell: Cell) -> dict[str, list]:
+    """The median of the evaluation losses over the seeds, by step."""
+    curves = [run.curve for run in cell.runs.values()]
+    steps = sorted(curves[0])
+    return {"steps": steps, "losses": [statistics.median(curve[step] for curve in curves) for step in steps]}
+
+
+def draw(rows: list[dict]):
+    """Evaluation loss over steps and over time, median over the seeds; the best methods and LoRA stand out."""
+    chosen = {*[row["method"] for row in rows[: SHOWN - 2]], "lora", "balora"}
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for name in reversed(order):
-        curves = [run.curve for run in cells[name].runs.values()]
-        steps = np.array(sorted(curves[0]))
-        median = np.median([[curve[step] for step in steps] for curve in curves], axis=0)
-        look = {"color": f"C{coloured.index(name)}", "label": name, "lw": 1.6} if name in coloured else {"color": "0.8"}
-        panels[0].plot(steps, median, **look)
-        if name in times:
-            panels[1].plot(steps * times[name]["milliseconds"] / 1e3, median, **look)
-    panels[0].set(xlabel="step", ylabel="evaluation loss (nats per answer token)")
+    ends = []
+    for row in reversed(rows):
+        name, steps, losses = row["method"], np.array(row["curve"]["steps"]), row["curve"]["losses"]
+        look = {"color": color_of(name), "lw": 1.8 if name in chosen else 0.7, "alpha": 1 if name in chosen else 0.5}
+        panels[0].plot(steps, losses, **look)
+        ends.append((losses[-1], name, look["color"]))
+        if row["step"]:
+            panels[1].plot(steps * row["step"]["milliseconds"] / 1e3, losses, **look)
+    panels[0].set(xlabel="step", ylabel="evaluation loss (nats per answer token)", xlim=(0, steps[-1]), yscale="log")
     panels[1].set(xlabel="seconds of training")
-    panels[0].legend(frameon=False, reverse=True)
-    least = min(np.mean(cell.losses) for cell in cells.values())
+    least = rows[0]["evaluation_loss"]["mean"]
     panels[0].set_ylim(0.95 * least, 1.6 * least)  # the loss before training is far above
+    name_values(panels[0])
     for axes in panels:
-        axes.grid(alpha=0.3)
+        axes.grid(alpha=0.3, which="both")
+    label_ends(panels[0], ends)
     return figure
 
 
 def main() -> None:
-    """Reads the runs, writes record, table and figure."""
+    """Reads the runs, writes record, tables and figures."""
+    if not sys.argv[1:]:
+        rows = recorded_rows("methods", HERE)
+        save_figure("differences", draw_standings(standing_records(rows), "lora"))
+        if all("curve" in row for row in rows):
+            save_figure("methods", draw(rows))
+        return
     runs, environments = load_runs(map(Path, sys.argv[1:]))
     groups, times = sorted_by(runs, lambda run: run.field("method")), step_times()
     chosen = {name: best_cell(group, ["optimizer.learning_rate"]) for name, group in groups.items()}
@@ -67,7 +96,7 @@ def main() -> None:
         row = {"method": name, "options": dict(first.field("options"))}
         row |= summary(cell, None if reference is None else compare(cell, reference))
         row |= {key: first.result[key] for key in ("trained_parameters", "state_bytes")}
-        row["step"] = times.get(name)
+        row["step"], row["curve"] = times.get(name), median_curve(cell)
         if (partner := unbalanced(name, cells)) is not None:
             row["balancing"] = {"of": partner, **recorded(compare(cell, cells[partner]))}
         rows.append(row)
@@ -91,7 +120,8 @@ def main() -> None:
         for row in rows
     ]
     table += [[name, "every rate diverged", *["-"] * 6] for name, cell in chosen.items() if cell is None]
-    write("methods", rows, environments, table, draw(cells, times))
+    write("methods", rows, environments, table, draw(rows))
+    save_figure("differences", draw_standings(standing_records(rows), "lora"))
     pairs = [(row["method"], row["balancing"]) for row in rows if "balancing" in row]
     head = ["balanced", "and not", "difference of the losses, same seed: lower in"]
     write_table("balancing", [head, *([name, found["of"], difference_text(found)] for name, found in pairs)])

@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from balora_jax.training.comparison import Cell, Difference
+from balora_jax.training.comparison import Cell, Difference, paired_difference
 from balora_jax.training.records import Record
+from balora_jax.training.standings import LEVEL, holm
 
 HERE = Path(__file__).parent
 
@@ -16,7 +17,8 @@ HERE = Path(__file__).parent
 def arguments(description: str) -> argparse.Namespace:
     """Reads the command line: `runs`, the run directories, and `output`, a folder, by default this one."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of balora-jax run")
+    what = "output folder of balora-jax run; without any the figures are drawn again from what is recorded"
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help=what)
     parser.add_argument("--output", type=Path, default=HERE, help="folder that gets the files")
     return parser.parse_args()
 
@@ -46,7 +48,43 @@ def write(
     record = {"environments": environments, "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     write_table(name, table, folder=folder)
+    save_figure(name, figure, folder=folder)
+
+
+def save_figure(name: str, figure, *, folder: Path = HERE) -> None:
+    """Writes NAME.png; arguments as for `write`."""
     figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+
+
+def recorded_rows(name: str, folder: Path) -> list[Record]:
+    """Returns the rows that `write` has recorded in a folder."""
+    return json.loads((folder / f"{name}.json").read_text())["rows"]
+
+
+def standing_records(rows: Sequence[Record], by: str | None = None) -> list[Record]:
+    """Returns what `balora_jax.training.figures.draw_standings` draws of recorded rows, compared with LoRA.
+
+    Args:
+        rows: with a method, and its losses by seed.
+        by: the dotted name of a field by whose values the rows are compared; its last part is among theirs.
+    """
+    of_group = {row[by.rsplit(".", 1)[-1]] if by else None: row for row in rows if row["method"] == "lora"}
+    found = []
+    for row in rows:
+        group = row[by.rsplit(".", 1)[-1]] if by else None
+        losses, reference = row["evaluation_loss"], of_group[group]["evaluation_loss"]["values"]
+        values = {by: group} if by else {}
+        values |= {"method": row["method"], "n": len(row["seeds"])}
+        values |= {"loss_mean": losses["mean"], "loss_std": losses["std"], "difference": None, "verdict": ""}
+        if row["method"] != "lora":
+            difference = paired_difference(losses["values"], reference)
+            values |= {"difference": difference.mean, "low": difference.mean - difference.half_width}
+            values |= {"high": difference.mean + difference.half_width, "p_value": difference.p_value}
+        found.append(values)
+    compared = [values for values in found if "p_value" in values]
+    for values, p_value in zip(compared, holm([values["p_value"] for values in compared]), strict=True):
+        values["verdict"] = "undecided" if p_value > LEVEL else "better" if values["difference"] < 0 else "worse"
+    return found
 
 
 def _shortened(match: re.Match) -> str:

@@ -20,9 +20,9 @@ TINY = DecoderConfig(
     head_dim=8,
 )
 SCRIPT = """
-from balora_jax.data.recipes import DataSettings
-from balora_jax.optimizers import OptimizerSettings
-from balora_jax.training import AdapterSettings, Config, ModelSettings, TrainingSettings
+from balora_jax.training import (
+    AdapterSettings, Config, DataSettings, ModelSettings, OptimizerSettings, TrainingSettings
+)
 
 config = Config(
     name="tiny",

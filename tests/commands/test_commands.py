@@ -17,12 +17,13 @@ from safetensors.numpy import load_file, save_file
 from balora_jax.adapters import LowRank, load_adapters, read_peft, write_peft
 from balora_jax.adapters.peft import from_modules
 from balora_jax.cli import _COMMANDS, main
-from balora_jax.commands import generate
-from balora_jax.commands.generate import _said
+from balora_jax.commands import generated
+from balora_jax.commands.generated import _said
 from balora_jax.data.tokenizer import CharTokenizer
 from balora_jax.models import Decoder
 from balora_jax.models.config_json import read_config
 from balora_jax.models.weights import load_decoder, save_decoder
+from balora_jax.training.config import field_names
 
 DOWN = "base_model.model.model.layers.1.mlp.down_proj"
 
@@ -45,6 +46,14 @@ def test_exported_adapter_is_that_of_the_run(adapter, config_file, records, caps
     (expected,) = (r for r in records if r["kind"] == "result" and r["member"] == "lora-seed=1")
     assert float(loss) == pytest.approx(expected["evaluation_loss"], abs=1e-4)
     assert float(accuracy) == pytest.approx(100 * expected["accuracy"], abs=0.1)
+    call("evaluate", config_file, "--adapter", adapter, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["modules"]["all"] == {
+        "examples": 10,
+        "evaluation_loss": pytest.approx(expected["evaluation_loss"], abs=1e-4),
+        "accuracy": expected["accuracy"],
+    }
+    assert (found["adapter"], found["score"]) == (str(adapter), "exact match")
     before = next(r["evaluation_loss"] for r in records if r["kind"] == "evaluation" and r["step"] == 0)
     assert float(loss) != pytest.approx(before, abs=1e-2)
 
@@ -95,8 +104,8 @@ def test_balance_of_dtypes_and_of_pairs_that_lack_rank(tmp_path, capsys):
     write_peft(from_modules(modules), tmp_path / "in")
     call("balance", tmp_path / "in", tmp_path / "out")
     said = capsys.readouterr().out
-    assert "left as they were, because their product lacks rank: h.10.x\n" in said
-    assert "left as they were, because their dtype cannot hold the balanced factors: huge, tiny\n" in said
+    assert "skipped, because their product lacks rank: h.10.x\n" in said
+    assert "skipped, because their dtype cannot hold the balanced factors: huge, tiny\n" in said
     with np.errstate(over="ignore"):  # in the huge one
         before, after = products(tmp_path / "in"), products(tmp_path / "out")
     for name, tolerance in (("h.0.x", 1e-13), ("h.1.x", 1e-5), ("h.2.x", 1e-2)):
@@ -116,6 +125,29 @@ def test_inspect_shows_every_pair_in_order(tmp_path, capsys):
     assert first == ["h.9.x", "3", "x", "4", "2", "6.00e+00", "to", "2.00e+00", "6.32", "1.11", gap, "10", "6"]
     assert second[0] == "h.10.x"
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_begins_with_a_summary(tmp_path, capsys):
+    """Of A = diag(3, 1), B = I as above; of its balanced pair; and of a pair whose product is zero."""
+    a, b = np.eye(3, 2, dtype=np.float32), np.eye(2, 4, dtype=np.float32)
+    root = np.sqrt(np.array([3, 1], np.float32))
+    pairs = {
+        "unbalanced": (a * root**2, b, "condition number: median 10, worst 10; .* median 6, worst 6", "1.67 times sm"),
+        "balanced": (a * root, b * root[:, None], "gap is 0.0e.00, of h.0.x", "balanced: there is nothing to gain"),
+        "zero": (a, 0 * b, "the product of 1 of them lacks rank", "^1 pair of rank 2; the worst balancing gap is 1"),
+    }
+    for name, (lora_a, lora_b, *expected) in pairs.items():
+        write_peft(from_modules({"h.0.x": LowRank(lora_a, lora_b, 1.0)}), tmp_path / name)
+        call("inspect", tmp_path / name)
+        shown = capsys.readouterr().out.split("\n\n")[0]
+        for line in expected:
+            assert re.search(line, shown), shown
+        call("inspect", tmp_path / name, "--json")
+        found = json.loads(capsys.readouterr().out)
+        (pair,) = found["pairs"]
+        assert (pair["in"], pair["out"], pair["rank"]) == (3, 4, 2)
+        assert pair["condition_number"] == found["summary"]["worst_condition_number"]
+        assert (pair["condition_number"] is None) == (name == "zero")
 
 
 @pytest.mark.parametrize(("given", "written"), [("plain", "plain.png"), ("dot.", "dot.png"), ("x.pdf", "x.pdf")])
@@ -185,7 +217,7 @@ def test_generate_asks_by_the_chat_template(model_folder, tmp_path, capsys, monk
     def repeated(model, tokenizer, prompts, **options):
         return [tokenizer._tokenizer.decode(prompt) for prompt in prompts]
 
-    monkeypatch.setattr(generate, "continuations", repeated)
+    monkeypatch.setattr(generated, "continuations", repeated)
     assert said("hello", "--chat", "--system", "be kind") == f"hello\n{asked}\n"
     assert said("hello") == "hellohello\n"
 
@@ -243,7 +275,7 @@ def test_interrupted_output_leaves_nothing(adapter, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("balora_jax.commands.balance.copy_other_files", interrupted)
+    monkeypatch.setattr("balora_jax.commands.balanced.copy_other_files", interrupted)
     assert main(["balance", str(adapter), str(tmp_path / "out")]) == 130
     assert not list(tmp_path.iterdir())
 
@@ -285,7 +317,7 @@ def test_mistakes_of_adapters_and_models(adapter, model_folder, config_file, fai
 def test_evaluate_says_what_was_left_out(config_file, capsys):
     call("evaluate", config_file, "--data.length", "33")
     shown = capsys.readouterr().out
-    left_out = int(re.search(r"^left out (\d+) evaluation examples of more than 33 tokens$", shown, re.MULTILINE)[1])
+    left_out = int(re.search(r"^skipped (\d+) evaluation examples of more than 33 tokens$", shown, re.MULTILINE)[1])
     assert 0 < left_out == 10 - int(re.search(r"all +(\d+)", shown)[1])
 
 
@@ -342,7 +374,64 @@ def test_lapack_is_told_of_one_thread_before_it_is_loaded():
     )
 
 
+HEAVY = "jax", "flax", "optax", "datasets", "orbax", "grain", "matplotlib", "transformers"
+CHEAP = {
+    "help": ([], 2),
+    "version": (["--version"], 0),
+    "unknown command": (["trian"], 2),
+    **{f"help of {command}": ([command, "--help"], 0) for command in _COMMANDS},
+    "run without a config": (["run"], 2),
+    "missing config": (["run", "nowhere.py"], 2),
+    "unknown field": (["run", "{config}", "--adapter.rnk", "3"], 2),
+    **{
+        f"field of {command} out of range": ([command, "{config}", "--adapter.rank", "0"], 2)
+        for command in ("run", "estimate", "evaluate")
+    },
+    "bad type": (["evaluate", "{config}", "--adapter.rank", "x"], 2),
+    "help of a config": (["run", "{config}", "--help"], 0),
+    "missing adapter of evaluate": (["evaluate", "{config}", "--adapter", "nowhere"], 2),
+    "missing run": (["export", "nowhere", "out"], 2),
+    "missing adapter of inspect": (["inspect", "nowhere"], 2),
+    "missing adapter of balance": (["balance", "nowhere", "out"], 2),
+    "missing adapter of merge": (["merge", "school-math", "nowhere", "out"], 2),
+    "missing model": (["generate", "nowhere", "--prompt", "x"], 2),
+    "wrong flag": (["inspect", "nowhere", "--figur", "x"], 2),
+    "unknown log": (["run", "{config}", "--log", "x"], 2),
+    "no run to compare": (["compare", "none"], 2),
+    "no run to report": (["report"], 2),
+}
+
+
+def test_cheap_mistakes_and_help_import_nothing_heavy(config_file):
+    run_alone(
+        f"""
+        import contextlib, io, sys
+        from balora_jax.cli import main
+        for name, (arguments, code) in {CHEAP!r}.items():
+            arguments = [argument.format(config={str(config_file)!r}) for argument in arguments]
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+                try:
+                    found = main(arguments)
+                except SystemExit as end:
+                    found = end.code or 0
+            assert found == code, (name, found, out.getvalue())
+            heavy = sys.modules.keys() & set({HEAVY!r})
+            assert not heavy, (name, heavy)
+        """
+    )
+
+
+def test_help_of_run_lists_every_field(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--help"])
+    assert not ended.value.code
+    shown = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in shown for name in field_names())
+    assert "--output" in shown
+
+
 def test_usage_names_every_command(capsys):
     assert main(["--help"]) == 0
-    named = re.findall(r"^  (\w+) [A-Z]+", capsys.readouterr().out, re.MULTILINE)
+    named = re.findall(r"^  (\w+)(?: [A-Z]+.*)?$", capsys.readouterr().out, re.MULTILINE)
     assert named == list(_COMMANDS)

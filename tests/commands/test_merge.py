@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from balora_jax.adapters import add_adapters, export_adapters, read_peft, write_peft
 from balora_jax.cli import main
-from balora_jax.commands import export, generate
+from balora_jax.commands import generated
 from balora_jax.data.hub_tokenizer import load_tokenizer, tokenizer_files
 from balora_jax.data.recipes import DataSettings
 from balora_jax.models import Decoder
@@ -203,7 +203,7 @@ def test_generate_takes_the_tokenizer_of_the_adapter(instructed, monkeypatch, fa
     for file in instruct.iterdir():
         shutil.copy(file, adapter)
     call(*arguments)
-    monkeypatch.setattr(generate, "continuations", lambda model, tokenizer, *_, **__: [str(tokenizer._folder)])
+    monkeypatch.setattr(generated, "continuations", lambda model, tokenizer, *_, **__: [str(tokenizer._folder)])
     for options, source in (([], adapter), (["--tokenizer", instruct], instruct)):
         capsys.readouterr()
         call(*arguments, *options)
@@ -213,11 +213,14 @@ def test_generate_takes_the_tokenizer_of_the_adapter(instructed, monkeypatch, fa
 def test_export_carries_the_tokenizer_of_the_run(instructed, tmp_path, monkeypatch, capsys):
     base, _, instruct, model = instructed
     config = Config(name="x", model=ModelSettings(path=str(base)), data=DataSettings(tokenizer=str(instruct)))
-    monkeypatch.setattr(export, "load_trained", lambda run, member: Trained("lora", config, model, 1, -1))
-    call("export", "run", tmp_path / "peft")
+    there = Trained("lora", config, model, 1, -1)
+    monkeypatch.setattr("balora_jax.training.trained.load_trained", lambda run, member, weights: there)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").touch()
+    call("export", tmp_path / "run", tmp_path / "peft")
     assert f"with the tokenizer of {instruct}" in capsys.readouterr().out
     assert tokenizers_of(tmp_path / "peft") == tokenizers_of(instruct)
-    call("export", "run", tmp_path / "merged", "--merged")
+    call("export", tmp_path / "run", tmp_path / "merged", "--merged")
     assert f"the tokenizer is that of {instruct}\n" in capsys.readouterr().out
     assert tokenizers_of(tmp_path / "merged") == tokenizers_of(instruct)
     assert load_tokenizer(tmp_path / "merged").encode_question([{"role": "user", "content": "hello"}])

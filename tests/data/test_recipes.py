@@ -457,7 +457,7 @@ def test_interrupted_work_goes_on_at_its_shard(tmp_path, cache, monkeypatch):
         ({"recipe": "openhermes", "path": "flat.csv"}, ValueError, "conversations must be a list of turns, got 'he"),
         ({"recipe": "arc", "path": "arc.json"}, ValueError, "answerKey must be one of the labels A, B, got 'E'"),
         ({"recipe": "alpaca", "path": "silent.json"}, ValueError,
-         "must have examples to train and to evaluate on, got 0 and 0; left out: 2 training .*; left out: 1 eval"),
+         "must have examples to train and to evaluate on, got 0 and 0; skipped: 2 training .*; skipped: 1 eval"),
     ],
 )  # fmt: skip
 def test_errors_name_what_is_wrong(settings, error, message, tmp_path, monkeypatch):

@@ -1,46 +1,14 @@
 """Choosing the best cell of finished runs, and comparing it with a reference."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
+from recorded_runs import LOSSES, write_run
 from scipy import stats
 
-from balora_jax.training import Config, RunError
+from balora_jax.training import RunError
 from balora_jax.training.comparison import best_cell, compare, load_runs, paired_difference, sorted_by
-from balora_jax.training.config import with_fields
-
-LOSSES = {  # method, learning rate: by seed
-    ("lora", 0.1): (2.0, 2.2, 2.4),
-    ("lora", 0.2): (1.0, 1.1, 1.2),
-    ("lora", 0.4): (0.5, 0.6, "nan"),
-    ("balora", 0.1): (0.9, 0.8, 1.0),
-    ("balora", 0.2): (1.5, 1.5, 1.5),
-    ("balora", 0.4): (1.6, 1.6, 1.6),
-}
-
-
-def write_run(folder, losses=LOSSES, unfinished=()):
-    folder.mkdir()
-    configs, records = {}, []
-    for (method, rate), by_seed in losses.items():
-        for seed, loss in enumerate(by_seed):
-            name = f"{method}-{rate}-{seed}"
-            changes = {"method": method, "optimizer.learning_rate": rate, "seed": seed}
-            configs[name] = dataclasses.asdict(with_fields(Config(name="x"), changes))
-            shared = {"population": method, "member": name}
-            records.append({"kind": "evaluation", "step": 0, "evaluation_loss": 3.0, **shared})
-            records.append({"kind": "evaluation", "step": 5, "evaluation_loss": loss, **shared})
-            if name not in unfinished:
-                diverged = 4 if loss == "nan" else -1
-                records.append(
-                    {"kind": "result", "step": 5, "evaluation_loss": loss, "diverged_at": diverged, **shared}
-                )
-    (folder / "config.json").write_text(json.dumps(configs))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (folder / "environment.json").write_text(json.dumps([{"commit": folder.name}]))
-    return folder
 
 
 def test_the_best_cell_has_the_lowest_mean_and_no_diverged_run(tmp_path):
@@ -103,3 +71,24 @@ def test_what_cannot_be_compared_raises(tmp_path):
         compare(fewer, lora)
     with pytest.raises(ValueError, match="at least 2, got 1 and 1"):
         paired_difference([1.0], [2.0])
+
+
+BROKEN = {  # file, what replaces what, what is said
+    "config of no run": ("config.json", '"method": "lora"', '"method": 3', "must hold the configs of a run"),
+    "no configs": ("config.json", None, "{}", "must hold the configs of a run"),
+    "environment": ("environment.json", None, '{"packages": {}}', "must hold a list of the environments"),
+    "packages": ("environment.json", None, '[{"packages": 3}]', "must hold a list of the environments"),
+    "no loss": ("metrics.jsonl", '"evaluation_loss": 3.0', '"evaluation_lss": 3.0', r"no record of a run \(line 1\)"),
+    "loss": ("metrics.jsonl", '"loss": 2.9', '"loss": "much"', r"no record of a run \(line 2\)"),
+    "member": ("metrics.jsonl", '"member": "lora-0.1-0"', '"member": "other"', r"no record of a run \(line 1\)"),
+}
+
+
+@pytest.mark.parametrize(("name", "old", "new", "said"), BROKEN.values(), ids=BROKEN)
+def test_broken_directories_are_said(name, old, new, said, tmp_path):
+    file = write_run(tmp_path / "x") / name
+    text = file.read_text()
+    file.write_text(new if old is None else text.replace(old, new, 1))
+    assert file.read_text() != text
+    with pytest.raises(RunError, match=said):
+        load_runs([tmp_path / "x"])

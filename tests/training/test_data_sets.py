@@ -16,6 +16,7 @@ from balora_jax.models import Decoder
 from balora_jax.models.config_json import read_config
 from balora_jax.models.weights import save_decoder
 from balora_jax.training import ConfigError, ModelSettings, run
+from balora_jax.training.first_batch import first_batch
 from balora_jax.training.run import load_data
 
 pytest.importorskip("transformers", reason="the tokenizers of published models need the extra hf")
@@ -82,7 +83,7 @@ def test_run_leaves_loss_and_score(recipe, config, qwen, files, tmp_path):
     assert "±" not in "".join(lines), "one seed has no spread"
     assert "seeds" not in "".join(lines)
     assert row["evaluation_loss"]["std"] is None
-    assert ("left out 1 training examples of more than 96 tokens" in console.export_text()) == (recipe == "alpaca")
+    assert ("skipped 1 training examples of more than 96 tokens" in console.export_text()) == (recipe == "alpaca")
 
 
 def test_packed_conversations_are_learned_as_alone(qwen, files):
@@ -124,10 +125,25 @@ def test_nothing_is_predicted_across_texts_of_a_row(qwen, files):
 
 def test_a_text_that_is_cut_is_not_left_out(qwen, files):
     whole, _, _ = load_data(settings(files, "wikitext"), qwen)
-    cut, examples, left_out = load_data(settings(files, "wikitext", length=5), qwen)
-    assert left_out == {}
+    cut, examples, notes = load_data(settings(files, "wikitext", length=5), qwen)
+    assert not any("skipped" in note for note in notes["training"] + notes["evaluation"])
     assert cut.arrays()["loss_mask"].sum() == whole.arrays()["loss_mask"].sum()
     assert examples.arrays["tokens"].shape[1] == 5
+
+
+def test_examples_that_are_asked_for_and_not_there_are_told(qwen, files):
+    (lacking,) = load_data(settings(files, "gsm8k", train_examples=50), qwen)[2]["training"]
+    assert lacking == "50 training examples asked for (data.train_examples), 18 there"
+    notes = load_data(settings(files, "alpaca", train_examples=18), qwen)[2]
+    assert [note for kind in notes.values() for note in kind] == ["skipped 1 training examples of more than 96 tokens"]
+
+
+def test_turns_of_the_assistant_are_marked(config, qwen, files):
+    config = dataclasses.replace(config, model=ModelSettings(path=qwen), data=settings(files, "alpaca"))
+    texts = [line.plain for line in first_batch(config) if line.plain.startswith("text ")]
+    for text in texts:
+        number = text.split("user\nsay ")[1].split("<")[0]
+        assert text.endswith(f"<|im_end|>\n<|im_start|>assistant\n\u00abhello {number}<|im_end|>\u00bb")
 
 
 def test_conversations_need_a_chat_template(config, files):

@@ -209,3 +209,15 @@ def test_options_have_the_types_of_their_defaults():
     resolved = METHODS["galore"].resolved({"rank": 4.0, "scale": 1})
     assert resolved == {"rank": 4, "update_interval": 200, "scale": 1, "eps": 1e-6}
     assert isinstance(resolved["rank"], int)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_first_steps_depend_on_the_number_of_all_where_phases_do(name):
+    """So that a finished run may go on to more: the program of an update is the same."""
+    params = nnx.state(layer_of(METHODS[name]), nnx.LoRAParam)
+
+    def program(steps):
+        tx = METHODS[name].transformation(OptimizerSettings(), BalanceSettings(), steps=steps, scale=oracle.SCALE)
+        return jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params), params).as_text()
+
+    assert (program(40) != program(80)) == METHODS[name].phased

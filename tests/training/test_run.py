@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from balora_jax.cli import main
+from balora_jax.console import PlainConsole
 from balora_jax.training import ConfigError, RunError, run
 from balora_jax.training.config import expand
 from balora_jax.training.evaluation import Losses
@@ -40,9 +41,28 @@ def without_time(lines):
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
-    """A finished run of the sweep: its folder and its rows."""
+    """A finished run of the sweep: its folder and its rows; beside the folder is what was said."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    return folder, run(config, SWEEP, folder, QUIET)
+    with folder.with_name("said.txt").open("w") as file:
+        return folder, run(config, SWEEP, folder, PlainConsole(file=file))
+
+
+def test_run_says_what_it_does(finished):
+    said = finished[0].with_name("said.txt").read_text()
+    first, *lines = said.splitlines()
+    assert first.startswith("12 runs in 2 populations; ")
+    assert first.endswith(f"; writes to {finished[0]}")
+    trained = 2 * 3 * 3 * (16 + 24)
+    for line, method in zip(lines[:2], ("lora", "balora"), strict=True):
+        assert re.match(rf"{method}: 6 runs of 6 steps of 2 rows; {trained} trained parameters each, \d", line), line
+    for method in ("lora", "balora"):
+        for line in (
+            r"step 0/6: evaluating \.\.\. [\d.]+ s; evaluation loss [\d.]+ at best \(METHOD-.*\), median [\d.]+",
+            r"compiling the step \.\.\. [\d.]+ s; a step needs \d+ [KM]iB of ",
+            r"step 6/6  loss [\d.]+, mean of 6 steps [\d.]+  [\d,]+ tokens/s",
+            r"step 6/6: evaluating \.\.\. ",
+        ):
+            assert re.search(f"^{method}: {line.replace('METHOD', method)}", said, re.MULTILINE), line
 
 
 def test_run_leaves_a_complete_record(finished, config):
@@ -135,6 +155,22 @@ def test_sizes_are_recorded(finished):
         assert 0 < found["state_bytes"] - 2 * 4 * trained < 50
 
 
+def answers(folder):
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+
+
+def test_answers_are_kept_to_look_at(finished, config):
+    found = answers(finished[0])
+    assert len(found) == 12 * 10
+    for result in (line for line in records(finished[0]) if line["kind"] == "result"):
+        own = [answer for answer in found if answer["member"] == result["member"]]
+        assert len(own) == 10
+        assert np.mean([answer["right"] for answer in own]) == pytest.approx(result["accuracy"])
+        assert all((answer["step"], answer["population"]) == (6, result["population"]) for answer in own)
+    assert {answer["module"] for answer in found} <= set(config.data.modules)
+    assert all(a["right"] == (a["answer"].strip() == a["expected"].strip()) and a["prompt"] for a in found)
+
+
 def test_a_method_without_pairs_has_no_gap(config, tmp_path):
     short = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1))
     (row,) = run(short, {"method": ("full",)}, tmp_path / "full", QUIET)
@@ -204,6 +240,7 @@ def test_killed_run_goes_on_and_ends_with_the_same_numbers(config, tmp_path, cap
     assert main(["run", str(file), "--output", str(killed)]) == 0
     assert "balora: going on from step" in capsys.readouterr().out
     assert without_time(records(killed)) == without_time(records(whole))
+    assert answers(killed) == answers(whole)
 
 
 def numbers(folder):
@@ -257,6 +294,50 @@ def test_a_signal_saves_what_is_done(two_seeds, where, call, signals, message, s
     assert numbers(tmp_path / "out") == numbers(whole)
 
 
+def test_a_finished_run_goes_on_to_more_steps(two_seeds, tmp_path):
+    config, finished = two_seeds
+    longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=9))
+    run(longer, {"seed": (0, 1)}, tmp_path / "whole", QUIET)
+    shutil.copytree(finished, tmp_path / "out")
+    rows = run(longer, {"seed": (0, 1)}, tmp_path / "out", QUIET)
+    assert numbers(tmp_path / "out") == numbers(tmp_path / "whole")
+    assert answers(tmp_path / "out") == answers(tmp_path / "whole")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["lora-seed=0"]["training"]["steps"] == 9
+    assert run(longer, {"seed": (0, 1)}, tmp_path / "out", QUIET) == rows
+    with pytest.raises(ConfigError, match=r"a run with training\.steps = 9, and not 6, in lora-seed=0; choose another"):
+        run(config, {"seed": (0, 1)}, tmp_path / "out", QUIET)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("optimizer__schedule", "cosine", r"the learning rate falls to zero at its end \(optimizer\.schedule cosine\)"),
+        ("method", "adalora", "the phases of adalora are shares of it"),
+    ],
+)
+def test_a_run_whose_steps_depend_on_their_number_is_not_made_longer(field, value, why, members, tmp_path):
+    short, longer = (members(training__steps=steps, **{field: value}) for steps in (6, 9))
+    RunDirectory(tmp_path / "run", {"x": short}).close()
+    before = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(ConfigError, match=rf"holds a run of 6 steps, which cannot go on to 9: {why}; choose another"):
+        RunDirectory(tmp_path / "run", {"x": longer})
+    assert (tmp_path / "run" / "config.json").read_text() == before
+
+
+def test_a_longer_run_forgets_what_was_recorded_because_it_ended(members, tmp_path):
+    short, longer = (members(training__steps=steps, training__eval_every=4) for steps in (6, 9))
+    shared = {"population": "lora", "member": "x"}
+    kept = [{**shared, "kind": "evaluation", "step": step} for step in (0, 4)] + [
+        {**shared, "kind": "train", "step": 6}
+    ]
+    directory = RunDirectory(tmp_path / "run", {"x": short})
+    directory.append([*kept, *({**shared, "kind": kind, "step": 6} for kind in ("evaluation", "result"))])
+    directory.append([{"kind": "checkpoint", "population": "lora", "step": 6}])
+    directory.close()
+    RunDirectory(tmp_path / "run", {"x": longer}).close()
+    assert records(tmp_path / "run") == [*kept, {"kind": "checkpoint", "population": "lora", "step": 6}]
+
+
 def test_results_that_were_recorded_in_part_are_recorded_again(two_seeds, tmp_path):
     config, whole = two_seeds
     shutil.copytree(whole, tmp_path / "out")
@@ -264,6 +345,7 @@ def test_results_that_were_recorded_in_part_are_recorded_again(two_seeds, tmp_pa
     (tmp_path / "out" / "metrics.jsonl").write_text("".join(lines[:-1]))
     run(config, {"seed": (0, 1)}, tmp_path / "out", QUIET)
     assert without_time(records(tmp_path / "out")) == without_time(records(whole))
+    assert answers(tmp_path / "out") == answers(whole)
 
 
 @pytest.fixture

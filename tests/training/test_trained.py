@@ -39,7 +39,7 @@ def checkpointed(folder, members):
 
 
 @pytest.mark.parametrize("method", ["balora_rslora", "balora_dora", "olora", "balora_ga"])
-def test_member_is_read_and_exported(method, members, tmp_path):
+def test_member_is_read_and_exported(method, members, tmp_path, monkeypatch):
     names = {"a": 6.0, "b": 2.0}
     configs = {name: members(method=method, adapter__alpha=alpha) for name, alpha in names.items()}
     configs = {f"{method}-alpha={config.adapter.alpha:g}": config for config in configs.values()}
@@ -60,6 +60,11 @@ def test_member_is_read_and_exported(method, members, tmp_path):
     for (path, ours), (_, theirs) in zip(iter_adapters(trained.model), iter_adapters(again), strict=True):
         size = np.abs(ours.weight_update()).max()
         np.testing.assert_allclose(theirs.weight_update(), ours.weight_update(), atol=1e-5 * size, err_msg=path)
+    monkeypatch.delattr("balora_jax.training.trained.load_model")
+    without_base = export_adapters(load_trained(tmp_path, name, weights=False).model, scaling=scaling)
+    assert without_base.config == exported.config
+    assert without_base.tensors.keys() == exported.tensors.keys()
+    assert all(np.array_equal(without_base.tensors[key], tensor) for key, tensor in exported.tensors.items())
 
 
 def test_only_member_needs_no_name(members, tmp_path):

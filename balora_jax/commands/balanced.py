@@ -1,0 +1,77 @@
+"""A PEFT adapter whose pairs are balanced, as a folder."""
+
+import statistics
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from balora_jax.adapters import read_peft, write_peft
+from balora_jax.adapters.diagnosis import Diagnosis, diagnose_adapter, product_singular_values
+from balora_jax.balance import balance_pairs
+from balora_jax.commands.folders import copy_other_files, explained, whole_folder
+from balora_jax.pairs import read_pairs, write_pairs
+from balora_jax.settings import Gauge
+
+
+def write_balanced(source: Path, out: Path, gauge: Gauge, console: Console) -> None:
+    """Balances the pairs of a PEFT folder, and prints what that has changed.
+
+    Args:
+        source: the folder.
+        out: a new folder.
+        gauge: which of the balanced pairs.
+        console: where it is printed.
+
+    Raises:
+        ConfigError: the folder holds no LoRA adapter, or the new one cannot be written.
+    """
+    with explained("ADAPTER"):
+        adapter = read_peft(source)
+        before = diagnose_adapter(adapter)
+    pairs = adapter.pairs()
+    found = list(pairs.values())
+    factors = read_pairs(adapter.tensors, found)
+    with jax.enable_x64(True):  # lest float64 tensors lose digits
+        balanced = jax.device_get(jax.jit(partial(balance_pairs, gauge=gauge))(factors))
+    new = replace(adapter, tensors=write_pairs(adapter.tensors, found, [pair[:2] for pair in balanced]))
+    with whole_folder(out) as folder:
+        write_peft(new, folder)
+        copy_other_files(source, folder)  # the config among them
+    console.print(_table({"before": before, "after": diagnose_adapter(new)}))
+    change = max(_change(old, pair[:2]) for old, pair in zip(factors, balanced, strict=True))
+    console.print(f"{len(pairs)} pairs; products changed by at most {change:.0e} of their norm: {out}")
+    left = [name for name, pair in zip(pairs, balanced, strict=True) if pair.untouched.any()]
+    lacking = [name for name in left if np.isinf(before[name].least_condition_number)]
+    for names, why in (
+        (lacking, "their product lacks rank"),
+        ([name for name in left if name not in lacking], "their dtype cannot hold the balanced factors"),
+    ):
+        if names:
+            console.print(f"skipped, because {why}: {', '.join(names)}")
+
+
+def _table(diagnoses: dict[str, dict[str, Diagnosis]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("", "gap, mean", "gap, worst", "condition number, median", "worst"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, found in diagnoses.items():
+        gaps = [diagnosis.gap for diagnosis in found.values()]
+        numbers = [diagnosis.condition_number for diagnosis in found.values()]
+        shown = (f"{np.mean(gaps):.1e}", f"{max(gaps):.1e}", f"{statistics.median(numbers):.3g}", f"{max(numbers):.3g}")
+        table.add_row(name, *shown)
+    return table
+
+
+def _change(old, new) -> float:
+    """By how much the product has changed, relative to its norm."""
+    (a, b), (new_a, new_b) = ([np.asarray(factor[0], float) for factor in pair] for pair in (old, new))
+    values = product_singular_values(a, b)
+    difference = product_singular_values(np.concatenate([new_a, a], 1), np.concatenate([new_b, -b], 0))
+    largest = float(values[0]) or 1.0  # lest squares overflow
+    return float(np.linalg.norm(difference / largest)) / (float(np.linalg.norm(values / largest)) or 1.0)

@@ -1,0 +1,177 @@
+"""The charts of a report, as figures of plotly.js: plain mappings, for which plotly need not be imported."""
+
+import html
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from balora_jax.errors import printable
+from balora_jax.training.colors import looks
+from balora_jax.training.comparison import Run, sorted_by
+from balora_jax.training.standings import Standing, described
+
+MOST_POINTS = 400
+"""Points of a line; longer ones are thinned out."""
+
+_DASHES = {"solid": "solid", "dashed": "dash", "dotted": "dot", "dashdot": "dashdot"}
+_AXIS = {"gridcolor": "#e5e5e5", "zeroline": False, "automargin": True, "exponentformat": "power"}
+
+Chart = dict[str, Any]
+
+
+def loss_curves(rows: Sequence[Standing]) -> Chart | None:
+    """Returns the evaluation losses of the best cells over the steps: the median over the seeds, and their range."""
+    return _over_steps(rows, lambda run: run.curve, "evaluation loss")
+
+
+def training_curves(rows: Sequence[Standing]) -> Chart | None:
+    """Returns the losses of the batches over the steps, as means over a twentieth of the run."""
+    return _over_steps(
+        rows, lambda run: running_mean(_recorded(run, "loss")), "loss of the batches, running mean", logarithmic=False
+    )
+
+
+def gap_curves(rows: Sequence[Standing]) -> Chart | None:
+    """Returns the mean relative balancing gap of the pairs over the steps; None without pairs."""
+    return _over_steps(rows, lambda run: _recorded(run, "gap_mean"), "relative balancing gap")
+
+
+def losses_over_rate(rows: Sequence[Standing]) -> Chart | None:
+    """Returns the final loss over the learning rate, at the best values of all else; None if one rate was tried."""
+    field, traces = "optimizer.learning_rate", []
+    if len({run.field(field) for row in rows for run in row.runs}) < 2:
+        return None
+    for row, look in _with_looks(rows):
+        found = {rate: _least(runs) for rate, runs in sorted_by(row.runs, lambda run: run.field(field)).items()}
+        rates = sorted(rate for rate, losses in found.items() if losses)
+        errors = [statistics.stdev(found[rate]) if len(found[rate]) > 1 else 0.0 for rate in rates]
+        lost = sum(not losses for losses in found.values())
+        traces.append(
+            {
+                "x": rates,
+                "y": [statistics.fmean(found[rate]) for rate in rates],
+                "error_y": {"type": "data", "array": errors, "thickness": 1},
+                "mode": "lines+markers",
+                "line": look,
+                "name": shown(described(row) + (f" ({lost} diverged)" if lost else "")),
+            }
+        )
+    chart = _chart(traces, "learning rate", "final evaluation loss", logarithmic=True)
+    rates = sorted({rate for trace in traces for rate in trace["x"]})
+    chart["layout"]["xaxis"] |= {"type": "log", "tickvals": rates, "ticktext": [f"{rate:g}" for rate in rates]}
+    return chart
+
+
+def height(chart: Chart) -> int:
+    """Returns how high a chart is in pixels: it gets room for its names, two in a row on a phone."""
+    names = sum(trace.get("showlegend", True) for trace in chart["data"])
+    return 400 + 12 * names
+
+
+def running_mean(values: Mapping[int, float]) -> dict[int, float]:
+    """Returns the means of the last values, of a twentieth of all; those that are not finite stay out."""
+    width, steps = max(1, len(values) // 20), sorted(values)
+    means = {}
+    for index, step in enumerate(steps):
+        window = [values[at] for at in steps[max(0, index + 1 - width) : index + 1] if math.isfinite(values[at])]
+        means[step] = statistics.fmean(window) if window else math.nan
+    return means
+
+
+def shown(text: str) -> str:
+    """Returns a text as plotly.js shows it as it is, and takes none of it for markup."""
+    return html.escape(printable(text))
+
+
+def _over_steps(
+    rows: Sequence[Standing],
+    curve: Callable[[Run], Mapping[int, float]],
+    title: str,
+    *,
+    logarithmic: bool = True,
+) -> Chart | None:
+    """A line and a band for every row; None if there is nothing to draw."""
+    traces = []
+    for row, look in _with_looks(rows):
+        curves = [found for run in (row.cell.runs.values() if row.cell else ()) if (found := curve(run))]
+        steps = _thinned(sorted(set.intersection(*map(set, curves)))) if curves else []
+        if not steps:
+            continue
+        values = [[found[step] for found in curves] for step in steps]
+        shared = {"x": steps, "legendgroup": described(row), "mode": "lines"}
+        for choose, fill in ((min, {}), (max, {"fill": "tonexty", "fillcolor": _faint(look["color"])})):
+            band = {"line": {"width": 0}, "showlegend": False, "hoverinfo": "skip", **fill}
+            traces.append({**shared, **band, "y": [_number(choose(v)) for v in values]})
+        name = f"{described(row)} (n = {len(curves)})"
+        traces.append(
+            {**shared, "y": [_number(statistics.median(v)) for v in values], "line": look, "name": shown(name)}
+        )
+    return _chart(traces, "step", title, logarithmic=logarithmic) if traces else None
+
+
+def _chart(traces: list[dict], x: str, y: str, *, logarithmic: bool) -> Chart:
+    buttons: list[Chart] = [
+        {"label": kind, "method": "relayout", "args": [{"yaxis.type": kind, "yaxis.autorange": True}]}
+        for kind in ("linear", "log")
+    ]
+    if (ends := _ends(traces)) is not None:
+        buttons.append(
+            {"label": "enlarged", "method": "relayout", "args": [{"yaxis.type": "linear", "yaxis.range": ends}]}
+        )
+    menu = {"type": "buttons", "direction": "right", "active": int(logarithmic), "buttons": buttons}
+    menu |= {"x": 0, "xanchor": "left", "y": 1.01, "yanchor": "bottom", "font": {"size": 11}}
+    layout = {
+        "xaxis": {"title": {"text": x}, **_AXIS},
+        "yaxis": {"title": {"text": y}, "type": "log" if logarithmic else "linear", **_AXIS},
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "maxheight": 0.6},
+        "margin": {"l": 60, "r": 10, "t": 36, "b": 50},
+        "hovermode": "x unified",
+        "plot_bgcolor": "#fff",
+        "paper_bgcolor": "#fff",
+        "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#222"},
+        "updatemenus": [menu],
+    }
+    return {"data": [{"type": "scatter", **trace} for trace in traces], "layout": layout}
+
+
+def _ends(traces: Sequence[Mapping]) -> list[float] | None:
+    """The range of the second half of all lines, where methods differ; None if it is empty."""
+    values = [y for trace in traces for y in trace["y"][len(trace["y"]) // 2 :] if y is not None]
+    if not values or min(values) == max(values):
+        return None
+    margin = 0.05 * (max(values) - min(values))
+    return [min(values) - margin, max(values) + margin]
+
+
+def _least(runs: Iterable[Run]) -> list[float]:
+    """The losses of the best of the cells; empty if each has a diverged run."""
+    cells = sorted_by(runs, lambda run: repr(run.fields() | {"seed": None}))
+    losses = ([run.loss for run in members] for members in cells.values())
+    return min((found for found in losses if all(map(math.isfinite, found))), key=statistics.fmean, default=[])
+
+
+def _with_looks(rows: Sequence[Standing]) -> list[tuple[Standing, dict[str, Any]]]:
+    return [
+        (row, {"color": color, "dash": _DASHES[dashes], "width": 2})
+        for row, (color, dashes) in zip(rows, looks(row.method for row in rows), strict=True)
+    ]
+
+
+def _recorded(run: Run, name: str) -> dict[int, float]:
+    return {record["step"]: float(record[name]) for record in run.steps if name in record}
+
+
+def _thinned(steps: list[int]) -> list[int]:
+    stride = -(-len(steps) // MOST_POINTS)
+    return sorted({*steps[::stride], *steps[-1:]}) if stride else steps
+
+
+def _number(value: float) -> float | None:
+    """What JSON can hold: a gap in the line where a number is not finite."""
+    return value if math.isfinite(value) else None
+
+
+def _faint(color: str) -> str:
+    red, green, blue = (int(color[at : at + 2], 16) for at in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.15)"

@@ -1,0 +1,45 @@
+"""What a run is about to do, in sentences for people."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from balora_jax.training.config import Config
+from balora_jax.training.loading import base_model
+from balora_jax.training.memory import memory_limit, shown
+from balora_jax.training.step import Program
+
+
+def plan(
+    populations: Mapping[str, Mapping[str, Config]], programs: Mapping[str, Program], output: Path, finished: int
+) -> list[str]:
+    """Returns what a run will do, one line for all and one a population.
+
+    Args:
+        populations: the configs of every population.
+        programs: that of every population.
+        output: the run directory.
+        finished: number of runs whose results are there.
+    """
+    count = sum(map(len, populations.values()))
+    done = f", {finished} of them finished" if finished else ""
+    devices = jax.devices()
+    where = f"{len(devices)} x {devices[0].device_kind}, {shown(memory_limit())} of memory"
+    lines = [f"{_some(count, 'run')} in {_some(len(populations), 'population')}{done}; {where}; writes to {output}"]
+    for name, members in populations.items():
+        program, settings = programs[name], programs[name].config.training
+        base = jax.tree.leaves(nnx.state(base_model(program.config.model), nnx.Param))
+        numbers, size = sum(leaf.size for leaf in base), sum(leaf.nbytes for leaf in base)
+        rows = settings.batch_size * settings.accumulate
+        lines.append(
+            f"{name}: {_some(len(members), 'run')} of {_some(settings.steps, 'step')} of {_some(rows, 'row')}; "
+            f"{program.trained_parameters:,} trained parameters each, {program.trained_parameters / numbers:.2%} of "
+            f"{program.config.model.path} ({numbers:,}, {shown(size)})"
+        )
+    return lines
+
+
+def _some(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
