@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test parity
+.PHONY: quickstart test parity docs wheel
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -19,6 +19,18 @@ test: $(VENV)/installed-test
 parity: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,parity]'
 	$(BIN)/python -m pytest tests/*/test_*_parity.py
+
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(BIN)/mkdocs build --strict
+
+wheel: $(VENV)/installed
+	rm -rf dist build
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	empty=$$(mktemp -d) && trap 'rm -rf "$$empty"' EXIT && $(BIN)/python -m venv "$$empty/venv" && \
+	"$$empty/venv/bin/pip" install --quiet --disable-pip-version-check dist/*.whl && cd "$$empty" && \
+	venv/bin/balora-jax run "$(CURDIR)/configs/quickstart.py" --training.steps 4 --training.eval-every 4 \
+		--data.train-examples 100 --data.eval-examples 10 --optimizer.learning-rate 0.003 --seed 0
 
 $(VENV)/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it with make PYTHON=..." >&2; exit 2; }

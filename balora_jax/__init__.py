@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from balora_jax.projection import balance_tree
     from balora_jax.transform import BaloraProjectState, BaloraState, balora, balora_project, check_projection
 
+    __version__: str
+
 __all__ = [
     "GAUGES",
     "ROUTES",
@@ -44,6 +46,13 @@ class _Package(types.ModuleType):
     """Imports JAX when the first public name is asked for, so that the command line can be stopped from the start."""
 
     def __getattr__(self, name: str) -> Any:
+        if name == "__version__":
+            from importlib.metadata import PackageNotFoundError, version
+
+            try:
+                return version("balora-jax")
+            except PackageNotFoundError:
+                raise AttributeError(f"{self.__name__} is not installed, and has no __version__") from None
         if name not in __all__:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         homes = [importlib.import_module(f"{self.__name__}.{home}") for home in _HOMES]

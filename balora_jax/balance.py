@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from balora_jax.exponents import exponents, times_two_to
 from balora_jax.gauge import Gauge, Route, check_gauge, check_route
 from balora_jax.linalg import matmul, split
 from balora_jax.stacks import balance_stacks, in_place
@@ -26,14 +27,14 @@ class Balanced(NamedTuple):
         lora_b: `(..., r, b)`, the new right factor.
         change: `(..., r, r)`, the change of gauge T: the new left factor is `lora_a @ T`.
         inverse_change: `(..., r, r)`, its inverse: the new right factor is `T^-1 @ lora_b`. The identity, like
-            `change`, where the pair was left. With `r > m = min(a, b)` both have rank m, and their product projects.
-        untouched: `(...)` bool, the pair was left as it came: its product has numerical rank below `min(a, r, b)`, its
+            `change`, where the pair was skipped. With `r > m = min(a, b)` both have rank m, and their product projects.
+        untouched: `(...)` bool, the pair was skipped: its product has numerical rank below `min(a, r, b)`, its
             factors cancel so far that balancing would cost digits of the product, or the balanced factors or the change
             of gauge are too large or too small for their dtype.
-        nonfinite: `(...)` bool, the pair holds a NaN or an infinity; it was left as it came.
+        nonfinite: `(...)` bool, the pair holds a NaN or an infinity; it was skipped.
         cancellation: `(...)` float32, by how many roundings of the old factors the product would move if the new ones
             were written as sums with them, `A + (A' - A)`, as optax does. About 1 near balance; without meaning where
-            the pair was left.
+            the pair was skipped.
     """
 
     lora_a: jax.Array
@@ -68,11 +69,11 @@ def balance(
               optimal-transport map between the Gaussians with covariances `A^T A` and `B B^T`.
         route: how the r x r work is done.
 
-            * `"exact"`: Cholesky factorisations and an SVD in float64 (float32 on TPUs), pair after pair.
+            * `"exact"`: Cholesky factorizations and an SVD in float64 (float32 on TPUs), pair after pair.
             * `"iterative"`: matrix products in the working precision, all pairs at once; a pair for which they do not
               converge, far from hyper-balanced as it then is, goes the exact route. The gauge `"svd"` only; inside a
               group of nearly equal singular values columns stay closest to the incoming ones.
-            * `"auto"`: iterative on accelerators, whose batched factorisations are slow, where the gauge is `"svd"`;
+            * `"auto"`: iterative on accelerators, whose batched factorizations are slow, where the gauge is `"svd"`;
               else exact.
 
     Returns:
@@ -99,19 +100,20 @@ def balance(
 
     Source: arXiv 2605.31484 (the projection onto the hyper-balanced set).
 
-    >>> import jax, jax.numpy as jnp
-    >>> key_a, key_b = jax.random.split(jax.random.key(0))
-    >>> a, b = jax.random.normal(key_a, (64, 4)), 0.01 * jax.random.normal(key_b, (4, 32))
-    >>> new_a, new_b = balance(a, b)
-    >>> bool(jnp.allclose(new_a @ new_b, a @ b, atol=1e-5)), float(balancing_gap(new_a, new_b)) < 1e-5
-    (True, True)
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> key_a, key_b = jax.random.split(jax.random.key(0))
+        >>> a, b = jax.random.normal(key_a, (64, 4)), 0.01 * jax.random.normal(key_b, (4, 32))
+        >>> new_a, new_b = balance(a, b)
+        >>> bool(jnp.allclose(new_a @ new_b, a @ b, atol=1e-5)), float(balancing_gap(new_a, new_b)) < 1e-5
+        (True, True)
     """
     balanced = balance_pair(lora_a, lora_b, gauge=gauge, route=route)
     return balanced.lora_a, balanced.lora_b
 
 
 def balance_pair(lora_a: jax.Array, lora_b: jax.Array, *, gauge: Gauge = "svd", route: Route = "auto") -> Balanced:
-    """As `balance`, and tells the change of gauge, and which pairs were left untouched and why.
+    """As `balance`, and tells the change of gauge, and which pairs were skipped and why.
 
     Args:
         lora_a: `(..., a, r)` left factor, floating point.
@@ -206,22 +208,23 @@ def balancing_gap(lora_a: jax.Array, lora_b: jax.Array, *, relative: bool = True
         TypeError: a factor is not a floating-point array.
         ValueError: the shapes do not form pairs.
 
-    >>> float(balancing_gap(jnp.ones((3, 1)), jnp.zeros((1, 5))))
-    1.0
+    Examples:
+        >>> float(balancing_gap(jnp.ones((3, 1)), jnp.zeros((1, 5))))
+        1.0
     """
     lora_a, lora_b = _checked(lora_a, lora_b)
     wide = working_dtype(lora_a, lora_b)
     lora_a, lora_b = lora_a.astype(wide), lora_b.astype(wide)
     largest = jnp.maximum(jnp.abs(lora_a).max((-2, -1)), jnp.abs(lora_b).max((-2, -1)))
-    exponent = jnp.frexp(largest)[1]
-    lora_a, lora_b = (jnp.ldexp(x, -exponent[..., None, None]) for x in (lora_a, lora_b))
+    exponent = exponents(largest)
+    lora_a, lora_b = (times_two_to(x, -exponent[..., None, None]) for x in (lora_a, lora_b))
     gram_a = matmul(lora_a.mT, lora_a)
     gram_b = matmul(lora_b, lora_b.mT)
     gap = jnp.linalg.norm(gram_a - gram_b, axis=(-2, -1))
     size = jnp.linalg.norm(gram_a, axis=(-2, -1)) + jnp.linalg.norm(gram_b, axis=(-2, -1))
     if relative:
         return jnp.where(size == 0, 0, gap / jnp.where(size == 0, 1, size))
-    return jnp.ldexp(gap, 2 * exponent)
+    return times_two_to(gap, 2 * exponent)
 
 
 def working_dtype(*arrays: jax.Array) -> jax.typing.DTypeLike:

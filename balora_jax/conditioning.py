@@ -1,8 +1,8 @@
-"""Condition numbers of LoRA factors: closed forms for matrix factorisation, and measurements for any loss.
+"""Condition numbers of LoRA factors: closed forms for matrix factorization, and measurements for any loss.
 
-The factorisation loss is `f(A, B) = 1/2 ||A B - Z||_F^2`. At a minimiser its Hessian has r^2 zero eigenvalues, because
+The factorization loss is `f(A, B) = 1/2 ||A B - Z||_F^2`. At a minimizer its Hessian has r^2 zero eigenvalues, because
 `(A R, R^-1 B)` is the same product; the condition number is the ratio of the extreme other ones. For `r < min(a, b)` no
-minimiser has a smaller one than the balanced ones (arXiv 2605.31484). For other losses `extreme_eigenvalues` measures
+minimizer has a smaller one than the balanced ones (arXiv 2605.31484). For other losses `extreme_eigenvalues` measures
 the ratio through products with the Hessian, without those directions.
 """
 
@@ -20,7 +20,7 @@ from balora_jax.pairs import Pairs, find_pairs, read_pairs, write_pairs
 
 
 def factorization_eigenvalues(lora_a: ArrayLike, lora_b: ArrayLike, rest: ArrayLike | tuple[()] = ()) -> np.ndarray:
-    """The eigenvalues of the Hessian of `1/2 ||A B - Z||^2` at a minimiser, less the r^2 zeros of the orbit.
+    """The eigenvalues of the Hessian of `1/2 ||A B - Z||^2` at a minimizer, less the r^2 zeros of the orbit.
 
     With `P = A^T A` and `Q = B B^T` they are `sigma_i(A)^2 + sigma_j(B)^2` for i, j up to r; for every singular value
     `tau_k` of Z beyond r the 2r eigenvalues of `[[Q, -tau_k I], [-tau_k I, P]]`, which are `sigma_i(Z) +- tau_k` if the
@@ -44,8 +44,9 @@ def factorization_eigenvalues(lora_a: ArrayLike, lora_b: ArrayLike, rest: ArrayL
     Source: arXiv 2605.31484 for rank r and for balanced pairs; the blocks for any pair follow from the second
     derivative `||dA B + A dB||^2 + 2 <A B - Z, dA dB>`.
 
-    >>> factorization_eigenvalues([[2.0], [0.0]], [[1.0, 0.0, 0.0]])
-    array([5., 4., 4., 1.])
+    Examples:
+        >>> factorization_eigenvalues([[2.0], [0.0]], [[1.0, 0.0, 0.0]])
+        array([5., 4., 4., 1.])
     """
     a, b, rest = np.asarray(lora_a, float), np.asarray(lora_b, float), np.atleast_1d(np.asarray(rest, float))
     if a.ndim < 2 or b.ndim < 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
@@ -115,7 +116,7 @@ def least_condition_number(singular_values: ArrayLike, rank: int) -> np.ndarray:
 
 
 def optimal_step(largest: ArrayLike, smallest: ArrayLike) -> np.ndarray:
-    """The step size of gradient descent with the best rate near a minimiser, `2 / (largest + smallest)`.
+    """The step size of gradient descent with the best rate near a minimizer, `2 / (largest + smallest)`.
 
     Args:
         largest: eigenvalue of the Hessian.

@@ -7,7 +7,7 @@ there:
 * *exact*: Cholesky factors `P = L_A L_A^T`, `Q = L_B L_B^T`, the SVD `L_A^T L_B = U S V^T`, and then
   `T = L_B V S^-1/2`, `T^-1 = S^-1/2 U^T L_A^T` (square-root balancing of control theory; no inverse is formed).
 * *iterative*: matrix products and elementwise work only. Every entry pair (i, j) of the correction is the Jacobi
-  rotation that would diagonalise `(P + Q) / 2` there plus the smallest symmetric move that would cancel `P - Q`, and
+  rotation that would diagonalize `(P + Q) / 2` there plus the smallest symmetric move that would cancel `P - Q`, and
   all entries move at once. It converges quadratically from a nearly hyper-balanced pair, as a training step leaves it.
 
 Every other balanced pair differs from the hyper-balanced one by a rotation, `rotation`, which the gauge chooses.
@@ -65,7 +65,7 @@ def column_norms(gram: jax.Array) -> jax.Array:
 
 
 def exact_change(gram_a: jax.Array, gram_b: jax.Array) -> Change:
-    """Returns the hyper-balancing change of gauge by Cholesky factorisations and an SVD, singular values descending.
+    """Returns the hyper-balancing change of gauge by Cholesky factorizations and an SVD, singular values descending.
 
     Pairs run one after the other: XLA's CPU backend can deadlock when two batched LAPACK calls of one program wait for
     each other, and its GPU backend runs such a batch one by one anyway.
@@ -118,7 +118,7 @@ def iterative_change(gram_a: jax.Array, gram_b: jax.Array) -> Change:
 
     The columns keep their order and signs. A step is `T <- T exp(F)` with
     `F_ij = (Q - P)_ij / (2 (w_i + w_j)) - t_ij`, where `w` is the diagonal of `(P + Q) / 2` and `t_ij` is the tangent
-    of the Jacobi rotation that diagonalises `(P + Q) / 2` in the plane (i, j).
+    of the Jacobi rotation that diagonalizes `(P + Q) / 2` in the plane (i, j).
 
     Args:
         gram_a: `(n, r, r)`, P.
@@ -145,7 +145,8 @@ def iterative_change(gram_a: jax.Array, gram_b: jax.Array) -> Change:
         apart = w_i - w_j
         tangent = tilt / (jnp.abs(apart) + jnp.sqrt(apart**2 + tilt**2) + jnp.finfo(dtype).tiny)
         turn = tangent * jnp.where(apart == 0, sense, jnp.sign(apart))
-        error = (jnp.maximum(jnp.abs(q - p), jnp.abs(tilt)) / jnp.sqrt(w_i * w_j)).max((1, 2))
+        # not finished while anything turns: equal values may turn far, which a step of the last size does not settle
+        error = (jnp.maximum(jnp.abs(q - p), 2 * jnp.abs(tilt)) / jnp.sqrt(w_i * w_j)).max((1, 2))
         return _shortened(move, _LONGEST_STEP) - _shortened(turn, _LONGEST_STEP), error
 
     def unfinished(carry):

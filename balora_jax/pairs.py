@@ -98,8 +98,9 @@ def find_pairs(
             and says what to do.
         TypeError: a factor is not a floating-point array.
 
-    >>> [p.path_a for p in find_pairs({"mlp": {"lora_a": jnp.ones((8, 2)), "lora_b": jnp.ones((2, 4))}})]
-    [('mlp', 'lora_a')]
+    Examples:
+        >>> [p.path_a for p in find_pairs({"mlp": {"lora_a": jnp.ones((8, 2)), "lora_b": jnp.ones((2, 4))}})]
+        [('mlp', 'lora_a')]
     """
     leaves = leaves_by_path(params)
     found: list[tuple[Pair, Convention]]

@@ -17,11 +17,11 @@ class Fate(NamedTuple):
 
     Attributes:
         balanced: it was balanced.
-        nonfinite: it was left: it holds a NaN or an infinity.
-        untouched: it was left for another reason: its product lacks rank, it is too far from balance to be carried
+        nonfinite: it was skipped: it holds a NaN or an infinity.
+        untouched: it was skipped for another reason: its product lacks rank, it is too far from balance to be carried
             there by an update, or one of the next two.
         waiting: one factor is still too small beside the other, or zero.
-        frozen: one factor has no update, though its partner is not zero, and is taken to be frozen.
+        frozen: one factor has no update, though neither is zero, and is taken to be frozen.
     """
 
     balanced: jax.Array
@@ -37,7 +37,7 @@ class Projected(NamedTuple):
     Attributes:
         updates: the tree of new updates.
         pairs: those that have updates.
-        changes: T and T^-1 `(n, r, r)` of each of them, the identity where a pair was left.
+        changes: T and T^-1 `(n, r, r)` of each of them, the identity where a pair was skipped.
         fate: of all pairs, those without updates too, one after the other.
     """
 
@@ -68,12 +68,13 @@ def balance_tree(params: Any, *, pairs: Pairs | None = None, gauge: Gauge = "svd
 
     Source: arXiv 2605.31484 (the projection onto the hyper-balanced set).
 
-    >>> import jax.numpy as jnp
-    >>> from balora_jax import balancing_gap
-    >>> params = {"up": {"lora_a": jnp.eye(6, 2), "lora_b": 3.0 * jnp.eye(2, 5), "bias": jnp.ones(5)}}
-    >>> up = balance_tree(params)["up"]
-    >>> bool(balancing_gap(up["lora_a"], up["lora_b"]) < 1e-6)
-    True
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from balora_jax import balancing_gap
+        >>> params = {"up": {"lora_a": jnp.eye(6, 2), "lora_b": 3.0 * jnp.eye(2, 5), "bias": jnp.ones(5)}}
+        >>> up = balance_tree(params)["up"]
+        >>> bool(balancing_gap(up["lora_a"], up["lora_b"]) < 1e-6)
+        True
     """
     found = find_pairs(params, pairs)
     return write_pairs(params, found, balance_pairs(read_pairs(params, found), gauge=gauge, route=route))
@@ -152,9 +153,10 @@ def _with_updates(pairs: Sequence[Pair], updates: Any) -> list[Pair]:
 def _fate(new: Balanced, factors, step, least_ratio: jax.typing.ArrayLike) -> Fate:
     """What becomes of stacked pairs that balancing would take to `new`."""
     moves_a, moves_b, has_a, has_b = ((x != 0).any((1, 2)) for x in (*step, *factors))
-    # at the start of an adapter too: there the gradient of a factor is zero because its partner is
+    # also where the gradient of a factor is zero because its partner is, or because nothing reaches the pair: a fresh
+    # expert without tokens, of which weight decay moves A alone
     still = moves_a != moves_b
-    frozen = still & jnp.where(moves_a, has_a, has_b) & ~new.nonfinite
+    frozen = still & has_a & has_b & ~new.nonfinite
     lost = new.untouched | _rounded_away(new, *factors)
     waiting = (still | _waits(factors, step, least_ratio)) & ~(frozen | lost | new.nonfinite)
     untouched = (frozen | lost | waiting) & ~new.nonfinite

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from balora_jax.exponents import at_one_scale, even_exponents, of_unscaled
+from balora_jax.exponents import at_one_scale, even_exponents, of_unscaled, times_two_to
 from balora_jax.gauge import Change, chosen, exact_change, identity_change, refined_inverse, rotation, turned
 from balora_jax.linalg import gram, matmul, product, split
 from balora_jax.rounding import cancellation, condition, damage, growth
@@ -110,7 +110,7 @@ def repair(
     turn = rotation(seen, seen_a, seen_b, gauge)
     change = turned(of_unscaled(done.change, i, j), turn)
     eps = float(jnp.finfo(precision).eps)
-    size = jnp.ldexp(jnp.sqrt(done.change.values.max(1)), mean)
+    size = times_two_to(jnp.sqrt(done.change.values.max(1)), mean)
     found = done.carried & (condition(done.change, *done.first_grams) < 1 / (4 * eps)) & _held(change, size, precision)
     found &= damage(done.change, turn, *done.first_grams) < most_damage(precision, wide)
     lefts, rights = _applied(done.lefts, done.rights, found, chosen(found, turned(identity, turn), identity))
@@ -129,7 +129,7 @@ def _grams(lefts, rights, going, i, j, wide):
     """The Gram matrices of the pairs `(2^-i A, 2^-j B)` in the dtype `wide`, of the stacks with a pair that goes on."""
 
     def of_stack(left, right, i, j):
-        left, right = (jnp.ldexp(x.astype(wide), -k[:, None, None]) for x, k in ((left, i), (right, j)))
+        left, right = (times_two_to(x.astype(wide), -k[:, None, None]) for x, k in ((left, i), (right, j)))
         return gram(left, 0), gram(right, 1)
 
     def of_none(left, right, i, j):

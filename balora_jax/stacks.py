@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from balora_jax.exponents import even_exponents, near_one, of_unscaled
+from balora_jax.exponents import even_exponents, near_one, of_unscaled, times_two_to
 from balora_jax.gauge import (
     chosen,
     column_norms,
@@ -101,7 +101,7 @@ def _balanced(lefts, rights, gauge, route, wide, precision):
     gram_b = jnp.concatenate([gram(b, 1) for b in rights]).astype(wide)
     safe = _safe(gram_a) & _safe(gram_b)
     *near, i, j = near_one(gram_a, gram_b)
-    gram_a, gram_b = (jnp.ldexp(x, -(i + j)[:, None, None]) for x in (gram_a, gram_b))
+    gram_a, gram_b = (times_two_to(x, -(i + j)[:, None, None]) for x in (gram_a, gram_b))
     change, trusted = _trusted_change(gram_a, gram_b, (*near, i, j), safe, gauge, route, dtype)
     moved = cancellation(change, gram_a, gram_b)
     if gauge != "raw_svd":
@@ -229,8 +229,8 @@ def _shared_part(left, right, small_a):
     sizes = []
     for factor in (left, right, small_a):
         exponent = even_exponents(jnp.abs(factor).max((1, 2)))
-        sizes.append((jnp.ldexp(factor, -exponent[:, None, None]), exponent))
+        sizes.append((times_two_to(factor, -exponent[:, None, None]), exponent))
     (left, i), (right, j), (small_a, k) = sizes
     norms = [jnp.linalg.norm(factor, axis=(1, 2)) for factor in (left, right)]
     product_norm = jnp.linalg.norm(jnp.square(small_a).sum(1), axis=1)  # small_a is hyper-balanced
-    return jnp.ldexp(norms[0] * norms[1] / product_norm, i + j - 2 * k)
+    return times_two_to(norms[0] * norms[1] / product_norm, i + j - 2 * k)

@@ -18,14 +18,14 @@ class BaloraProjectState(NamedTuple):
 
     Attributes:
         count: int32, number of updates so far.
-        untouched: int32, pairs that were left as they came: their product lacks rank (a fresh `B = 0`, say), or they
+        untouched: int32, pairs that were skipped: their product lacks rank (a fresh `B = 0`, say), or they
             are so far from balance that an update, which is added to the parameters in their dtype, could not carry
             them there without losing a third of the product's digits; or they are waiting or frozen.
-        nonfinite: int32, pairs that were left because they hold a NaN or an infinity.
-        waiting: int32, pairs that were left because one factor is still zero, or too small beside the other, see
+        nonfinite: int32, pairs that were skipped because they hold a NaN or an infinity.
+        waiting: int32, pairs that were skipped because one factor is still too small beside the other, see
             `least_ratio`.
-        frozen: int32, pairs that were left because one factor has no update, though its partner is not zero: it is
-            taken to be frozen, and balancing would move it.
+        frozen: int32, pairs that were skipped because one factor has no update, though neither is zero: it is taken to
+            be frozen, and balancing would move it.
         disturbed: int32, how often a pair that an update left balanced did not come back so: something after the
             projection, in the chain or around it, changes its updates, or the parameters were set by hand.
         balanced: `(pairs)` bool, those that the last update left balanced.
@@ -216,16 +216,17 @@ def check_projection(opt_state: Any) -> None:
         ValueError: pairs were disturbed, or in the last update frozen, see `BaloraProjectState`; or the state holds
             no projection.
 
-    >>> import jax, jax.numpy as jnp, optax
-    >>> params = {"lora_a": jnp.eye(6, 2), "lora_b": 3.0 * jnp.eye(2, 5)}
-    >>> tx = optax.chain(balora_project(), optax.adam(1e-1))  # in the wrong order
-    >>> state = tx.init(params)
-    >>> for _ in range(2):
-    ...     updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
-    ...     params = optax.apply_updates(params, updates)
-    >>> check_projection(state)
-    Traceback (most recent call last):
-    ValueError: pairs that balora_project had balanced came back unbalanced (1 times): it must be the last...
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> params = {"lora_a": jnp.eye(6, 2), "lora_b": 3.0 * jnp.eye(2, 5)}
+        >>> tx = optax.chain(balora_project(), optax.adam(1e-1))  # in the wrong order
+        >>> state = tx.init(params)
+        >>> for _ in range(2):
+        ...     updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> check_projection(state)
+        Traceback (most recent call last):
+        ValueError: pairs that balora_project had balanced came back unbalanced (1 times): it must be the last...
     """
     states = projection_states(opt_state)
     if not states:
@@ -258,7 +259,7 @@ def _projection(gauge, route, every, start_step, least_ratio, pairs, transport):
     pairs = pairs if pairs is None or callable(pairs) else tuple(pairs)
 
     def init_fn(params):
-        # optax also initialises with an empty placeholder
+        # optax also initializes with an empty placeholder
         n = sum(counts(params, find_pairs(params, pairs))) if jax.tree.leaves(params) else 0
         numbers = {name: jnp.zeros((), jnp.int32) for name in BaloraProjectState._fields if name != "balanced"}
         return BaloraProjectState(**numbers, balanced=jnp.zeros(n, bool))

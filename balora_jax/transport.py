@@ -17,8 +17,8 @@ from balora_jax.pairs import Pair
 from balora_jax.sharding import sharded_like
 from balora_jax.trees import is_masked, leaves_by_path, path_text, with_leaves
 
-# Which fields of optax's states are moments of past gradients, and of which order. Centred second moments are not here:
-# less the square of a mean that is carried exactly, they could become negative.
+# Which fields of optax's states are moments of past gradients, and of which order. Centered second moments are not
+# here: less the square of a mean that is carried exactly, they could become negative.
 _MOMENTS: dict[type, dict[str, int]] = {
     optax.ScaleByAdamState: {"mu": 1, "nu": 2},
     optax.ScaleByAmsgradState: {"mu": 1, "nu": 2, "nu_max": 2},

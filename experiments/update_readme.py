@@ -1,9 +1,9 @@
-"""Writes recorded results into the READMEs, here and beside, between `<!-- results: NAME -->` and `<!-- end -->`.
+"""Writes recorded results into the READMEs and `docs/`, between `<!-- results: NAME -->` and `<!-- end -->`.
 
     python experiments/update_readme.py [--check]
 
 NAME is a folder beside this script with a `results.json`, a file `NAME.md` in such a folder (`comparison/methods`), or
-a file `benchmarks/recorded/NAME.md`. With `--check` nothing is written, and the exit code is 1 if a README does not
+a file `benchmarks/recorded/NAME.md`. With `--check` nothing is written, and the exit code is 1 if a page does not
 show what is recorded.
 """
 
@@ -58,8 +58,8 @@ def spread(values: dict, form: str, factor: float = 1) -> str:
 
 def main() -> int:
     """Writes or checks the pages; returns the exit code."""
-    stale = 0
-    for page in (README, *sorted(HERE.glob("*/README.md"))):
+    stale, pages = 0, (README, *sorted(HERE.glob("*/README.md")), *sorted((HERE.parent / "docs").glob("*.md")))
+    for page in pages:
         old = page.read_text()
         new = re.sub(
             r"(<!-- results: ([\w/-]+) -->\n).*?(<!-- end -->)",
@@ -70,7 +70,8 @@ def main() -> int:
         stale += new != old
         if "--check" not in sys.argv[1:]:
             page.write_text(new)
-    return int("--check" in sys.argv[1:] and (stale > 0 or "<!-- results: " not in README.read_text()))
+    filled = any("<!-- results: " in page.read_text() for page in pages)
+    return int("--check" in sys.argv[1:] and (stale > 0 or not filled))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import balora_jax
 
@@ -44,6 +45,10 @@ print(len(jax.devices()))
 def test_public_names_exist():
     assert all(hasattr(balora_jax, name) for name in balora_jax.__all__)
     assert list(balora_jax.__all__) == sorted(balora_jax.__all__, key=lambda n: (not n.isupper(), n[0].islower(), n))
+
+
+def test_the_version_is_that_of_the_installation():
+    assert balora_jax.__version__ == version("balora-jax")
 
 
 def test_what_only_some_systems_have_is_not_needed():

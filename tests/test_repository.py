@@ -1,6 +1,5 @@
 """The files around the package: configs, the shipped base, and results in the README."""
 
-import re
 import runpy
 import subprocess
 import sys
@@ -112,12 +111,6 @@ def test_shipped_files_are_small():
 def test_readme_shows_what_is_recorded():
     command = [sys.executable, str(ROOT / "experiments" / "update_readme.py"), "--check"]
     assert subprocess.run(command, check=False, timeout=60).returncode == 0
-
-
-def test_readme_example_of_the_geometry_prints_what_it_says(capsys):
-    section = (ROOT / "README.md").read_text().split("## Studying the geometry")[1]
-    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1), {})
-    assert [float(line) for line in capsys.readouterr().out.splitlines()[1:]] == pytest.approx([24.46, 24.46], abs=0.01)
 
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)

@@ -341,6 +341,16 @@ def test_a_frozen_factor_is_never_moved():
             check_projection(state)
 
 
+def test_a_fresh_pair_that_weight_decay_alone_moves_is_not_frozen():
+    """Of an expert that has seen no token: its B is zero and has no gradient."""
+    params = fresh()
+    tx = optax.chain(optax.adamw(1e-2, weight_decay=0.1), balora_project())
+    updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    assert jnp.any(updates["up"]["lora_a"])
+    assert (int(project_state(state).frozen), int(project_state(state).untouched)) == (0, 2)
+    check_projection(state)
+
+
 def test_check_projection_wants_a_projection():
     with pytest.raises(ValueError, match="must hold the state of balora_project or balora"):
         check_projection(optax.adam(1e-2).init(PARAMS))

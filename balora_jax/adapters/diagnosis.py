@@ -18,7 +18,7 @@ class Diagnosis(NamedTuple):
         rank: columns of `lora_a`.
         singular_values: `(min(in, r, out),)` of the update `s A B`, descending.
         gap: relative balancing gap, see `balora_jax.balancing_gap`.
-        condition_number: of the factorisation, see `factorization_condition_number`; infinite if the product lacks rank
+        condition_number: of the factorization, see `factorization_condition_number`; infinite if the product lacks rank
             r.
         least_condition_number: of all pairs of this product.
     """
@@ -57,9 +57,10 @@ def diagnose(lora_a: ArrayLike, lora_b: ArrayLike, scale: float = 1.0) -> Diagno
     Notes:
         O((in + out) r^2); nothing of the size of the weight is formed.
 
-    >>> diagnosis = diagnose([[2.0], [0.0]], [[0.0, 0.5, 0.0]], scale=3.0)
-    >>> diagnosis.norm, round(diagnosis.gap, 3), diagnosis.condition_number, diagnosis.least_condition_number
-    (3.0, 0.882, 17.0, 2.0)
+    Examples:
+        >>> diagnosis = diagnose([[2.0], [0.0]], [[0.0, 0.5, 0.0]], scale=3.0)
+        >>> diagnosis.norm, round(diagnosis.gap, 3), diagnosis.condition_number, diagnosis.least_condition_number
+        (3.0, 0.882, 17.0, 2.0)
     """
     a, b = np.asarray(lora_a, float), np.asarray(lora_b, float)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:

@@ -69,7 +69,7 @@ def olora(key: jax.Array, weight: jax.Array, rank: int, scale: jax.typing.ArrayL
 def pissa(key: jax.Array, weight: jax.Array, rank: int, scale: jax.typing.ArrayLike) -> Factors:
     """`A = U_r (S_r / s)^1/2`, `B = (S_r / s)^1/2 V_r^T` from the SVD of the weight (arXiv 2404.02948): hyper-balanced.
 
-    Weights of more than 1024 x 1024 get a randomised SVD, as the authors offer it. The scale must be positive.
+    Weights of more than 1024 x 1024 get a randomized SVD, as the authors offer it. The scale must be positive.
     """
     u, s, vt = leading_svd(weight, rank, key)
     root = jnp.sqrt(s / scale)

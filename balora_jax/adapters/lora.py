@@ -44,7 +44,7 @@ class LoRALinear(Adapter):
 
     The factors are `nnx.LoRAParam`s in float32 whatever the dtype of the base; they are cast to the dtype of the base's
     output for the products, so that the layer's output keeps its dtype. A fresh adapter changes nothing: `B` is zero,
-    or, for initialisations that start elsewhere, the product they start with is subtracted,
+    or, for initializations that start elsewhere, the product they start with is subtracted,
     `y = base(x) + s (dropout(x) A B - x A0 B0)`. That is the published `W0 <- W0 - s A0 B0`, but exact in every dtype
     of the base, which stays shared and untouched; it costs a second low-rank product.
 

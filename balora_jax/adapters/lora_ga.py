@@ -136,7 +136,7 @@ def lora_ga_start(
         ValueError: a layer has a side below 2 r.
 
     Notes:
-        As the authors, of the first `min(4 r, in, out)` triplets by a randomised decomposition. PEFT's version scales
+        As the authors, of the first `min(4 r, in, out)` triplets by a randomized decomposition. PEFT's version scales
         B alone and is not this.
 
     Source: arXiv 2407.05000.

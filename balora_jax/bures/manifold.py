@@ -205,7 +205,9 @@ def distance(point: Point, other: Point) -> jax.Array:
     return _root(sum(((x - y) ** 2).sum((-2, -1)) for x, y in zip(turned, other, strict=True)))
 
 
-def random_point(key: jax.Array, shape: tuple[int, ...], rank: int, *, dtype=None) -> Point:
+def random_point(
+    key: jax.Array, shape: tuple[int, ...], rank: int, *, dtype: jax.typing.DTypeLike | None = None
+) -> Point:
     """The balanced pair of the product of two matrices of standard normal entries.
 
     Args:

@@ -1,4 +1,4 @@
-"""From examples to batches of fixed shape: tokenised once, packed or padded into rows, shuffled by grain.
+"""From examples to batches of fixed shape: tokenized once, packed or padded into rows, shuffled by grain.
 
 Every row is a text or several; four arrays of shape `(length,)`, in a batch `(rows, length)`, describe it:
 
@@ -76,7 +76,7 @@ class Pieces(Sequence[np.ndarray]):
 
 
 class Encoded(NamedTuple):
-    """Tokenised examples.
+    """Tokenized examples.
 
     Attributes:
         tokens: the tokens of each example.
@@ -105,7 +105,7 @@ _ENCODED = datasets.Features(
 
 
 def encode(examples: datasets.Dataset, tokenizer: Tokenizer, *, max_length: int) -> Encoded:
-    """Tokenises a data set, or takes the tokens of an earlier call from the cache.
+    """Tokenizes a data set, or takes the tokens of an earlier call from the cache.
 
     Args:
         examples: with text columns `prompt` and `answer`, or a column `messages` of conversations.
@@ -123,7 +123,7 @@ def encode(examples: datasets.Dataset, tokenizer: Tokenizer, *, max_length: int)
         ValueError: every example is too long, or the tokenizer cannot encode one.
     """
 
-    def tokenise(batch):
+    def tokenize(batch):
         if "messages" in batch:
             rows = [tokenizer.encode_conversation(messages) for messages in batch["messages"]]
             bare = [False] * len(rows)
@@ -133,7 +133,7 @@ def encode(examples: datasets.Dataset, tokenizer: Tokenizer, *, max_length: int)
         return {"tokens": [tokens for tokens, _ in rows], "learned": [learned for _, learned in rows], "bare": bare}
 
     key = ("tokens", tokenizer.fingerprint)
-    encoded = mapped(examples, tokenise, features=_ENCODED, key=key, description="Tokenising")
+    encoded = mapped(examples, tokenize, features=_ENCODED, key=key, description="Tokenizing")
     tokens, learned = _pieces(encoded, "tokens"), _pieces(encoded, "learned")
     bare = encoded.data.column("bare").to_numpy()
     owners, starts, stops = _places(tokens.lengths, bare, max_length)

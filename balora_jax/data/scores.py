@@ -29,7 +29,7 @@ _LATEX = (
 def exact_match(text: str, answer: str) -> bool:
     """Whether two texts are equal, but for space around them.
 
-    Example:
+    Examples:
         >>> exact_match(" 4*x - 1", "4*x - 1")
         True
     """
@@ -50,7 +50,7 @@ def same_final_answer(text: str, answer: str) -> bool:
         text: a solution.
         answer: the right solution.
 
-    Example:
+    Examples:
         >>> same_final_answer("She pays 3 * 414. The answer is $1,242.00.", "3 * 414 = 1242\\n#### 1242")
         True
         >>> same_final_answer("The answer is 5 + 7 = 12", "#### 12")

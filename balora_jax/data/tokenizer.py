@@ -15,7 +15,7 @@ class CharTokenizer:
     Token 0 is padding, 1 begins and 2 ends a sequence, and character `c` is token `ord(c) - 29`. Nothing is
     learned and nothing can be configured, so the vocabulary is the same in every run.
 
-    Example:
+    Examples:
         >>> tokenizer = CharTokenizer()
         >>> tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("3 + 4"), tokenizer.eos_id])
         '3 + 4'

@@ -66,7 +66,7 @@ class DecoderConfig:
         rope_scaling: Llama-3 scaling of the frequencies, or None.
         rms_norm_eps: added to the mean square in every RMSNorm.
         qkv_bias: whether the query, key and value projections have a bias (Qwen2).
-        qk_norm: whether queries and keys are RMS-normalised per head (Qwen3).
+        qk_norm: whether queries and keys are RMS-normalized per head (Qwen3).
         sliding_window: how many tokens, its own included, a token looks back on (Mistral), or None for all.
         tie_word_embeddings: whether the output head is the transposed embedding.
         dtype: dtype of activations and products.
@@ -251,7 +251,14 @@ class Decoder(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, **dtypes)
 
-    def hidden_states(self, tokens, *, positions=None, segment_ids=None, cache: Cache | None = None):
+    def hidden_states(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Any]:
         """Runs the blocks.
 
         Args:
@@ -262,7 +269,7 @@ class Decoder(nnx.Module):
             cache: keys and values of earlier tokens; the new ones are written behind them, and must fit its capacity.
 
         Returns:
-            `(batch, length, hidden_size)` normalised hidden states, and the new cache (None without one).
+            `(batch, length, hidden_size)` normalized hidden states, and the new cache (None without one).
         """
         batch, length = tokens.shape
         if positions is None:

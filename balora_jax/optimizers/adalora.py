@@ -80,7 +80,7 @@ def adalora(
 
     Notes:
         The state is twice the factors, beside that of `inner`, which it wraps so that its own steps are not taken for
-        sensitivities. Costs O((a + b) r^2) per pair and step for the regulariser, whose gradient is exact: losses are
+        sensitivities. Costs O((a + b) r^2) per pair and step for the regularizer, whose gradient is exact: losses are
         reported without it. Clipping belongs into `inner`. A triplet whose score is not a number counts as the least.
         Ties go to the triplets that come first.
 
@@ -90,11 +90,12 @@ def adalora(
 
     Source: arXiv 2303.10512 (Algorithm 1).
 
-    >>> params = {"lora_a": jnp.eye(3, 2), "lora_e": jnp.asarray([3.0, 1.0]), "lora_b": jnp.eye(2, 3)}
-    >>> tx = adalora(optax.sgd(0.1), total_steps=1)
-    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
-    >>> optax.apply_updates(params, updates)["lora_e"].tolist()  # 1 of 2 triplets is kept
-    [2.9000000953674316, 0.0]
+    Examples:
+        >>> params = {"lora_a": jnp.eye(3, 2), "lora_e": jnp.asarray([3.0, 1.0]), "lora_b": jnp.eye(2, 3)}
+        >>> tx = adalora(optax.sgd(0.1), total_steps=1)
+        >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        >>> optax.apply_updates(params, updates)["lora_e"].tolist()  # 1 of 2 triplets is kept
+        [2.9000000953674316, 0.0]
     """
     check_count("total_steps", total_steps)
     check_count("interval", interval)

@@ -75,11 +75,12 @@ def galore(
     Source: arXiv 2403.03507 (Algorithm 2). Its released AdamW adds eps before the bias of the moments is corrected, the
     algorithm, as here, after.
 
-    >>> params = {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}
-    >>> tx = galore(0.1, rank=1, scale=1.0)
-    >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
-    >>> state[0].bases["kernel"].shape, bool(jnp.allclose(jnp.linalg.norm(updates["kernel"], axis=1), 0.1))
-    ((3, 1), True)
+    Examples:
+        >>> params = {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}
+        >>> tx = galore(0.1, rank=1, scale=1.0)
+        >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        >>> state[0].bases["kernel"].shape, bool(jnp.allclose(jnp.linalg.norm(updates["kernel"], axis=1), 0.1))
+        ((3, 1), True)
     """
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")

@@ -36,12 +36,13 @@ def lora_plus(
 
     Source: arXiv 2402.12354.
 
-    >>> import jax.numpy as jnp
-    >>> params = {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.zeros((2, 3))}
-    >>> tx = lora_plus(optax.sgd(0.5), ratio=4.0)
-    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
-    >>> float(updates["lora_a"][0, 0]), float(updates["lora_b"][0, 0])
-    (-0.5, -2.0)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> params = {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.zeros((2, 3))}
+        >>> tx = lora_plus(optax.sgd(0.5), ratio=4.0)
+        >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        >>> float(updates["lora_a"][0, 0]), float(updates["lora_b"][0, 0])
+        (-0.5, -2.0)
     """
     if isinstance(ratio, int | float) and not 1 <= ratio < float("inf"):
         raise ValueError(f"ratio must be at least 1 and finite, got {ratio!r}")
@@ -50,7 +51,7 @@ def lora_plus(
         inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        if jax.tree.leaves(params):  # optax also initialises with an empty placeholder
+        if jax.tree.leaves(params):  # optax also initializes with an empty placeholder
             find_pairs(params, pairs)
         return inner.init(params)
 

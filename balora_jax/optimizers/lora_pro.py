@@ -58,11 +58,12 @@ def precondition_by_lora_pro(
 
     Source: arXiv 2407.18242 (Theorems 2.1 and 2.3).
 
-    >>> params = {"lora_a": jnp.eye(3, 2), "lora_b": jnp.zeros((2, 3))}
-    >>> tx = precondition_by_lora_pro(scale=0.5)
-    >>> updates, _ = tx.update({"lora_a": jnp.zeros((3, 2)), "lora_b": jnp.ones((2, 3))}, tx.init(params), params)
-    >>> updates["lora_b"].tolist()
-    [[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]]
+    Examples:
+        >>> params = {"lora_a": jnp.eye(3, 2), "lora_b": jnp.zeros((2, 3))}
+        >>> tx = precondition_by_lora_pro(scale=0.5)
+        >>> updates, _ = tx.update({"lora_a": jnp.zeros((3, 2)), "lora_b": jnp.ones((2, 3))}, tx.init(params), params)
+        >>> updates["lora_b"].tolist()
+        [[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]]
     """
     check_interval("scale", scale, 0, above=True)
     check_interval("damping", damping, 0)
@@ -116,11 +117,12 @@ def lora_pro(
 
     Source: arXiv 2407.18242.
 
-    >>> params = {"lora_a": jnp.eye(3, 2), "lora_b": jnp.zeros((2, 3))}
-    >>> tx = lora_pro(0.1, scale=2.0)
-    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
-    >>> bool(jnp.allclose(updates["lora_b"], -0.1))
-    True
+    Examples:
+        >>> params = {"lora_a": jnp.eye(3, 2), "lora_b": jnp.zeros((2, 3))}
+        >>> tx = lora_pro(0.1, scale=2.0)
+        >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        >>> bool(jnp.allclose(updates["lora_b"], -0.1))
+        True
     """
     check_adamw(b1, b2, eps, weight_decay)
     return optax.chain(

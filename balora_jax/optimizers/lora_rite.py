@@ -50,7 +50,7 @@ def lora_rite(
 ) -> optax.GradientTransformation:
     """LoRA-RITE: robust invariant transformation equilibration, an adaptive optimizer of the product `A B`.
 
-    With thin factorisations `A = U_A R_A`, `B^T = U_B R_B` and `beta_t = beta (1 - beta^(t-1)) / (1 - beta^t)`:
+    With thin factorizations `A = U_A R_A`, `B^T = U_B R_B` and `beta_t = beta (1 - beta^(t-1)) / (1 - beta^t)`:
 
     * `H = g_A R_B^+`; 0 if its root mean square is above `skip`; all H of all pairs scaled to `clip_norm` together;
     * `P = U_B^T U_B'`, where `U_B'` is the basis of the last step;
@@ -79,7 +79,7 @@ def lora_rite(
             `update`, `params` was not given.
 
     Notes:
-        Costs O((a + b) r^2) per pair and step: two thin QR factorisations, and of r x r matrices two SVDs and two
+        Costs O((a + b) r^2) per pair and step: two thin QR factorizations, and of r x r matrices two SVDs and two
         eigendecompositions. The state is twice the factors, and two r x r matrices per pair.
 
         All products `A B` of a run are the same for the starts `(A, B)` and `(A R, R^-1 B)` with any invertible R, as
@@ -94,12 +94,13 @@ def lora_rite(
 
     Source: arXiv 2410.20625.
 
-    >>> params = {"lora_a": 2.0 * jnp.eye(3, 2), "lora_b": jnp.zeros((2, 3))}
-    >>> tx = lora_rite(0.1)
-    >>> grads = {"lora_a": jnp.zeros((3, 2)), "lora_b": jnp.asarray([[0.3, 0.0, 0.0], [0.0, -0.1, 0.0]])}
-    >>> updates, _ = tx.update(grads, tx.init(params), params)
-    >>> bool(jnp.allclose(updates["lora_b"], jnp.asarray([[-0.0866, 0, 0], [0, 0.0866, 0]]), atol=1e-4))
-    True
+    Examples:
+        >>> params = {"lora_a": 2.0 * jnp.eye(3, 2), "lora_b": jnp.zeros((2, 3))}
+        >>> tx = lora_rite(0.1)
+        >>> grads = {"lora_a": jnp.zeros((3, 2)), "lora_b": jnp.asarray([[0.3, 0.0, 0.0], [0.0, -0.1, 0.0]])}
+        >>> updates, _ = tx.update(grads, tx.init(params), params)
+        >>> bool(jnp.allclose(updates["lora_b"], jnp.asarray([[-0.0866, 0, 0], [0, 0.0866, 0]]), atol=1e-4))
+        True
     """
     check_adamw(b1, b2, eps, weight_decay)
     for name, value in (("eps", eps), ("skip", skip), ("clip_norm", clip_norm)):
@@ -108,7 +109,7 @@ def lora_rite(
 
     def labels(tree):
         rest = jax.tree.map(lambda _: "rest", tree)
-        if not jax.tree.leaves(tree):  # optax also initialises with an empty placeholder
+        if not jax.tree.leaves(tree):  # optax also initializes with an empty placeholder
             return rest
         return with_leaves(rest, dict.fromkeys(_sides(tree, find_pairs(tree, pairs))[0], "pairs"))
 

@@ -79,18 +79,19 @@ def loro(
 
     Source: "Parameter and Memory Efficient Pretraining via Low-rank Riemannian Optimization", ICLR 2025.
 
-    >>> params = {"lora_a": jnp.eye(4, 2), "lora_b": 2.0 * jnp.eye(2, 3)}
-    >>> tx = loro(0.1, period=1)
-    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
-    >>> a, b = optax.apply_updates(params, updates).values()
-    >>> bool(jnp.allclose(a.T @ a, b @ b.T, atol=1e-5))
-    True
+    Examples:
+        >>> params = {"lora_a": jnp.eye(4, 2), "lora_b": 2.0 * jnp.eye(2, 3)}
+        >>> tx = loro(0.1, period=1)
+        >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        >>> a, b = optax.apply_updates(params, updates).values()
+        >>> bool(jnp.allclose(a.T @ a, b @ b.T, atol=1e-5))
+        True
     """
     check_adamw(b1, b2, eps, weight_decay)
     check_count("period", period)
 
     def init_fn(params):
-        if jax.tree.leaves(params):  # optax also initialises with an empty placeholder
+        if jax.tree.leaves(params):  # optax also initializes with an empty placeholder
             find_pairs(params, pairs)
         mu, nu = (jax.tree.map(lambda x: jnp.zeros_like(x, dtype=working_dtype(x)), params) for _ in range(2))
         return LoroState(jnp.zeros((), jnp.int32), mu, nu)

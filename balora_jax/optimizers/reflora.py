@@ -59,17 +59,18 @@ def precondition_by_reflora(
 
     Source: arXiv 2505.18877.
 
-    >>> params = {"lora_a": 2.0 * jnp.eye(3, 2), "lora_b": jnp.eye(2, 3)}
-    >>> tx = precondition_by_reflora(warmup_steps=0)
-    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
-    >>> bool(jnp.allclose(updates["lora_a"], 2.0)), bool(jnp.allclose(updates["lora_b"], 0.5))
-    (True, True)
+    Examples:
+        >>> params = {"lora_a": 2.0 * jnp.eye(3, 2), "lora_b": jnp.eye(2, 3)}
+        >>> tx = precondition_by_reflora(warmup_steps=0)
+        >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        >>> bool(jnp.allclose(updates["lora_a"], 2.0)), bool(jnp.allclose(updates["lora_b"], 0.5))
+        (True, True)
     """
     check_interval("warmup_steps", warmup_steps, 0)
     pairs = pairs if pairs is None or callable(pairs) else tuple(pairs)
 
     def init_fn(params):
-        if jax.tree.leaves(params):  # optax also initialises with an empty placeholder
+        if jax.tree.leaves(params):  # optax also initializes with an empty placeholder
             find_pairs(params, pairs)
         return RefloraState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
@@ -122,11 +123,12 @@ def reflora(
 
     Source: arXiv 2505.18877.
 
-    >>> params = {"lora_a": jnp.eye(3, 2), "lora_b": jnp.zeros((2, 3))}
-    >>> tx = reflora(0.1)
-    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
-    >>> bool(jnp.allclose(updates["lora_b"], -0.1))
-    True
+    Examples:
+        >>> params = {"lora_a": jnp.eye(3, 2), "lora_b": jnp.zeros((2, 3))}
+        >>> tx = reflora(0.1)
+        >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        >>> bool(jnp.allclose(updates["lora_b"], -0.1))
+        True
     """
     check_adamw(b1, b2, eps, weight_decay)
     return optax.chain(
@@ -185,12 +187,13 @@ def reflora_s(
 
     Source: arXiv 2505.18877 (the scalar refactoring).
 
-    >>> params = {"lora_a": 4.0 * jnp.eye(3, 2), "lora_b": jnp.eye(2, 3)}
-    >>> tx = reflora_s(0.01, warmup_steps=0)
-    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
-    >>> params = optax.apply_updates(params, updates)
-    >>> bool(jnp.allclose(jnp.linalg.norm(params["lora_a"]), jnp.linalg.norm(params["lora_b"])))
-    True
+    Examples:
+        >>> params = {"lora_a": 4.0 * jnp.eye(3, 2), "lora_b": jnp.eye(2, 3)}
+        >>> tx = reflora_s(0.01, warmup_steps=0)
+        >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        >>> params = optax.apply_updates(params, updates)
+        >>> bool(jnp.allclose(jnp.linalg.norm(params["lora_a"]), jnp.linalg.norm(params["lora_b"])))
+        True
     """
     check_adamw(b1, b2, eps, weight_decay)
     check_interval("warmup_steps", warmup_steps, 0)
@@ -198,7 +201,7 @@ def reflora_s(
     inner = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)  # type: ignore[arg-type]
 
     def init_fn(params):
-        if jax.tree.leaves(params):  # optax also initialises with an empty placeholder
+        if jax.tree.leaves(params):  # optax also initializes with an empty placeholder
             find_pairs(params, pairs)
         return RefloraSState(jnp.zeros((), jnp.int32), inner.init(params))
 

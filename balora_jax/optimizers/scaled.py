@@ -47,11 +47,12 @@ def precondition_by_grams(
 
     Source: arXiv 2402.02347; without damping ScaledGD of arXiv 2005.08898.
 
-    >>> params = {"lora_a": 2.0 * jnp.eye(3, 2), "lora_b": jnp.zeros((2, 3))}
-    >>> tx = precondition_by_grams(damping=0.0)
-    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
-    >>> updates["lora_b"].tolist()
-    [[0.25, 0.25, 0.25], [0.25, 0.25, 0.25]]
+    Examples:
+        >>> params = {"lora_a": 2.0 * jnp.eye(3, 2), "lora_b": jnp.zeros((2, 3))}
+        >>> tx = precondition_by_grams(damping=0.0)
+        >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        >>> updates["lora_b"].tolist()
+        [[0.25, 0.25, 0.25], [0.25, 0.25, 0.25]]
     """
     check_interval("damping", damping, 0)
 
@@ -95,11 +96,12 @@ def scaled_gd(
 
     Source: arXiv 2005.08898 (ScaledGD); arXiv 2402.02347 (for LoRA). Neither has momentum.
 
-    >>> params = {"lora_a": 2.0 * jnp.eye(3, 2), "lora_b": jnp.zeros((2, 3))}
-    >>> tx = scaled_gd(1.0, damping=0.0)
-    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
-    >>> updates["lora_b"][0].tolist()
-    [-0.25, -0.25, -0.25]
+    Examples:
+        >>> params = {"lora_a": 2.0 * jnp.eye(3, 2), "lora_b": jnp.zeros((2, 3))}
+        >>> tx = scaled_gd(1.0, damping=0.0)
+        >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        >>> updates["lora_b"][0].tolist()
+        [-0.25, -0.25, -0.25]
     """
     check_interval("momentum", momentum, 0, 1)
     return optax.chain(precondition_by_grams(damping=damping, pairs=pairs), optax.sgd(learning_rate, momentum))
@@ -141,11 +143,12 @@ def scaled_adamw(
 
     Source: arXiv 2402.02347 (scaled AdamW).
 
-    >>> params = {"lora_a": jnp.eye(3, 2), "lora_b": jnp.zeros((2, 3))}
-    >>> tx = scaled_adamw(0.1)
-    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
-    >>> bool(jnp.allclose(updates["lora_b"], -0.1, atol=1e-5))
-    True
+    Examples:
+        >>> params = {"lora_a": jnp.eye(3, 2), "lora_b": jnp.zeros((2, 3))}
+        >>> tx = scaled_adamw(0.1)
+        >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        >>> bool(jnp.allclose(updates["lora_b"], -0.1, atol=1e-5))
+        True
     """
     check_adamw(b1, b2, eps, weight_decay)
     return optax.chain(
@@ -166,7 +169,7 @@ def precondition(
     """
 
     def init_fn(params):
-        if jax.tree.leaves(params):  # optax also initialises with an empty placeholder
+        if jax.tree.leaves(params):  # optax also initializes with an empty placeholder
             find_pairs(params, pairs)
         return optax.EmptyState()
 

@@ -20,7 +20,7 @@ Hardware:  one GPU of 80 GB; `balora-jax estimate` prints the memory. Not run he
 Time:      reckoned, for an H100 at 40 % of its peak and six operations a parameter and token: 13 hours a run
 Chosen:    of these runs the paper gives a billion tokens, no cells, and the authors' configs are lost. Three learning
            rates around each method's best cell on the instruction sets, two seeds; packed rows, so that a billion
-           tokens are 30,517 steps; 25 million questions, about as many tokens: an hour on two cores to tokenise, once,
+           tokens are 30,517 steps; 25 million questions, about as many tokens: an hour on two cores to tokenize, once,
            and 6 GB of the host's memory (--data.train-examples for fewer, which are then repeated)
 Differs:   the base is bfloat16. The scale is A_scaling squared at every rank; the authors' code has 8 / rank of it.
            BaLoRA is theirs: raw SVD factors, Adam's moments as they are

@@ -40,7 +40,7 @@ def main() -> None:
     starts = jnp.asarray(STARTS)
     paths = {name: np.asarray(jax.vmap(lambda s, tx=tx: trajectory(tx, s))(starts)) for name, tx in methods.items()}
     results: dict = {"starts": STARTS, "product": PRODUCT, "learning_rate": RATE}
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4.4), sharex=True, sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.2), sharex=True, sharey=True, layout="constrained")
     grid = np.geomspace(0.1, 4, 200)
     for axis, (name, path) in zip(axes, paths.items(), strict=True):
         errors = np.abs(path[:, :, 0] * path[:, :, 1] - 1)
@@ -50,9 +50,11 @@ def main() -> None:
             "difference_of_squares": [(path[:, t, 0] ** 2 - path[:, t, 1] ** 2).tolist() for t in (0, STEPS)],
             "condition_number_at_the_end": ((ends**2).sum(1)).tolist(),
         }
-        for product in (PRODUCT, 1.0):
+        for product, meaning, place in ((PRODUCT, "start", (1.45, 0.06)), (1.0, "target", (2.1, 0.52))):
             axis.plot(grid, product / grid, color="0.7", lw=1)
+            axis.text(*place, f"A B = {product:g} ({meaning})", color="0.4")
         axis.plot(grid, grid, color="C1", lw=1, ls="--")
+        axis.text(1.62, 1.5, "balanced", color="C1")
         for one in path:
             axis.plot(one[:, 0], one[:, 1], ".-", ms=2, lw=0.8, color="C0")
             axis.plot(*one[0], "o", color="C0", ms=4)

@@ -68,7 +68,7 @@ def generate(
         ValueError: If a module is unknown, an argument is out of range, or a module has fewer distinct
             evaluation questions than its share of `count`.
 
-    Example:
+    Examples:
         >>> [example.answer for example in generate(["numbers__is_prime"], 3, seed=1)]
         ['False', 'True', 'True']
     """

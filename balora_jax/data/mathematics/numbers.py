@@ -105,10 +105,10 @@ def lcm(rng: random.Random, difficulty: int) -> Problem:
 
 @problem
 def is_prime(rng: random.Random, difficulty: int) -> Problem:
-    """Recognise primes among numbers up to 2 * 10^(`difficulty` + 1); half of the numbers are prime."""
+    """Recognize primes among numbers up to 2 * 10^(`difficulty` + 1); half of the numbers are prime."""
     bound, wanted = 2 * 10 ** (difficulty + 1), rng.random() < 0.5
     while True:
-        # Numbers above 5 that are even or end in 5 are recognised at sight: they are drawn less often.
+        # Numbers above 5 that are even or end in 5 are recognized at sight: they are drawn less often.
         number = rng.randint(2, bound)
         if number > 5 and (number % 2 == 0 or number % 5 == 0) and rng.random() < 0.7:
             continue
@@ -118,7 +118,7 @@ def is_prime(rng: random.Random, difficulty: int) -> Problem:
 
 @problem
 def is_factor(rng: random.Random, difficulty: int) -> Problem:
-    """Recognise factors of numbers up to 10^(`difficulty` + 1); half of the answers are True."""
+    """Recognize factors of numbers up to 10^(`difficulty` + 1); half of the answers are True."""
     bound = 10 ** (difficulty + 1)
     factor = rng.randint(2, 12 if difficulty == 1 else 10 ** (difficulty // 2) * 12)
     number = factor * rng.randint(1, bound // factor)

@@ -49,7 +49,7 @@ def canonical(question: str) -> str:
     Returns:
         The canonical form.
 
-    Example:
+    Examples:
         >>> canonical("What is 3 + 4?") == canonical("Add 4 and 3.")
         True
     """
