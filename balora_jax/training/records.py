@@ -96,6 +96,9 @@ class RunDirectory:
                 with whole_file(config_file) as file:
                     file.write(json.dumps(resolved, indent=2) + "\n")
             self._write_environment()
+        except (ConfigError, RunError):
+            self.close()
+            raise
         except OSError as error:
             raise RunError(f"cannot use the output folder {path}: {error.strerror or error}") from error
 
