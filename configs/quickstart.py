@@ -24,14 +24,14 @@ config = Config(
         ),
         difficulty=(1, 2),
         train_examples=20_000,
-        eval_examples=150,
+        eval_examples=120,
         length=128,
     ),
     training=TrainingSettings(
-        steps=120,
+        steps=100,
         batch_size=8,
-        eval_every=40,
-        checkpoint_every=40,
+        eval_every=25,
+        checkpoint_every=50,
         members_at_once=1,  # on a CPU the runs are faster one after the other: 45 against 70 ms a step
     ),
 )

@@ -26,10 +26,17 @@ def main(arguments: list[str]) -> int:
     if "--show-batch" in given:
         return _show_batches(config, sweep, console)
     from balora_jax.training import results, run  # heavy: after the cheap mistakes
+    from balora_jax.training.comparison import load_runs
+    from balora_jax.training.standings import standings, verdict
 
     output = Path(given.get("--output", Path("runs") / config.name))
     rows = run(config, sweep, output, console, log=log)
     PlainConsole(width=max(console.width, results.TABLE_WIDTH)).print(results.table(rows))
+    runs, _ = load_runs([output])
+    methods = list(dict.fromkeys(run.field("method") for run in runs))
+    if len(methods) > 1:
+        reference = "lora" if "lora" in methods else methods[0]
+        console.print(verdict(standings(runs, reference=reference), reference), soft_wrap=True)
     report = f", report: {output / 'report.html'}" if (output / "report.html").exists() else ""
     console.print(f"record: {output}, figure: {output / 'figure.png'}{report}", soft_wrap=True)
     return 0

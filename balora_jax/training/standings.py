@@ -142,16 +142,24 @@ def verdict(rows: Sequence[Standing], reference: str) -> str:
         return f"Nothing can be said about differences from {reference}: that takes two methods and two common seeds."
     said = []
     for word in ("better", "worse"):
-        names = [described(row) for row in compared if row.verdict == word]
+        names = [_with_difference(row) for row in compared if row.verdict == word]
         if names:
             said.append(f"{word} than {reference}: {', '.join(names)}")
-    undecided = [described(row) for row in compared if row.verdict == "undecided"]
+    undecided = [_with_difference(row) for row in compared if row.verdict == "undecided"]
     if undecided:
         which = ", ".join(undecided) if len(undecided) < 5 else f"{len(undecided)} others"
         said.append(f"not told apart from {reference} by these seeds: {which}")
     text, count = "; ".join(said), len(compared)
     corrected = f", {100 * LEVEL:g} % in all {count} comparisons" if count > 1 else ""
-    return f"{text[0].upper()}{text[1:]} (evaluation loss of the best cells, paired by seed{corrected})."
+    return (
+        f"{text[0].upper()}{text[1:]} (evaluation loss of the best cells less {reference}'s, paired by seed, with 95 % "
+        f"intervals{corrected})."
+    )
+
+
+def _with_difference(row: Standing) -> str:
+    assert row.difference is not None  # only compared rows have a verdict
+    return f"{described(row)} ({row.difference.mean:+.4f} ± {row.difference.half_width:.4f})"
 
 
 def described(row: Standing) -> str:

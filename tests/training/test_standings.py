@@ -49,7 +49,9 @@ def test_differences_by_a_field_are_paired_t_tests_corrected_together(tmp_path):
     assert lost.cell is None
     assert lost.cells == (1, 1)
     said = verdict(rows, "lora")
-    assert "Better than lora: balora at rank 4; worse than lora: balora at rank 8; not told apart from" in said
+    better, worse, _ = (row.difference for row in compared)
+    assert f"Better than lora: balora at rank 4 ({better.mean:+.4f} ± {better.half_width:.4f}); worse than" in said
+    assert "not told apart from" in said
     assert "5 % in all 3 comparisons" in said
 
 
