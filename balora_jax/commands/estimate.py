@@ -15,6 +15,7 @@ def main(arguments: list[str]) -> int:
     from balora_jax.training.run import sort_into_populations
 
     console = PlainConsole(width=max(PlainConsole().width, results.TABLE_WIDTH))
-    for name, members in sort_into_populations(runs).items():
-        console.print(report(name, estimate(tuple(members.values()))))
+    populations = sort_into_populations(runs).items()
+    for table in report({name: estimate(tuple(members.values())) for name, members in populations}):
+        console.print(table)
     return 0

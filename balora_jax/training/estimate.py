@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,14 +110,20 @@ def estimate(members: Sequence[Config]) -> Estimate:
     )
 
 
-def report(name: str, found: Estimate) -> Table:
-    """Returns an estimate as a table.
+def report(found: Mapping[str, Estimate]) -> list[Table]:
+    """Returns estimates as tables: what is trained, once for populations that train the same, and what each takes.
 
     Args:
-        name: of the population.
-        found: the estimate.
+        found: the estimates by the names of their populations.
     """
-    table = Table(title=name, title_justify="left", show_header=False)
+    trained: dict[Any, list[str]] = {}
+    for name, one in found.items():
+        trained.setdefault((one.base, tuple(one.adapters.items())), []).append(name)
+    return [*(_trained_table(names, found[names[0]]) for names in trained.values()), _memory_table(found)]
+
+
+def _trained_table(names: Sequence[str], found: Estimate) -> Table:
+    table = Table(title=", ".join(names), title_justify="left", show_header=False)
     table.add_column(overflow="fold")
     table.add_column(justify="right")
     table.add_column(justify="right")
@@ -127,14 +133,24 @@ def report(name: str, found: Estimate) -> Table:
         table.add_row(f"{path}: {' + '.join(map(str, shapes))}", f"{size:,}", shown(4 * size))  # float32
     share = f"trained parameters of a run ({found.trained[0] / found.base[0]:.2%} of the base)"
     table.add_row(share, f"{found.trained[0]:,}", shown(found.trained[1]))
-    table.add_row("optimizer state of a run", f"{found.opt_state[0]:,}", shown(found.opt_state[1]), end_section=True)
-    runs = "one run" if found.members == 1 else f"{found.members} runs together"
-    table.add_row("base, states and batch", "", shown(found.step.arguments))
-    table.add_row("temporaries", "", shown(found.step.temporaries))
-    table.add_row(f"peak of a step of {runs} on {found.device}", "", shown(found.step.peak))
-    if found.narrow_step is not None:
-        table.add_row("without the float32 copies of weights that only CPUs make", "", shown(found.narrow_step.peak))
-    table.caption = f"compiled in {found.seconds:.0f} s"
+    return table
+
+
+def _memory_table(found: Mapping[str, Estimate]) -> Table:
+    device = next(iter(found.values())).device
+    table = Table(title=f"memory of a step on {device}; optimizer state: of one run", title_justify="left")
+    table.add_column("population", overflow="fold")
+    narrow = any(one.narrow_step for one in found.values())
+    names = "runs together", "optimizer state", "base, states, batch", "temporaries", "peak"
+    for name in (*names, *["peak without float32 copies"] * narrow, "compiled in"):
+        table.add_column(name, justify="right")
+    for population, one in found.items():
+        sizes = [one.opt_state[1], one.step.arguments, one.step.temporaries, one.step.peak]
+        sizes += [one.narrow_step.peak] if one.narrow_step else []
+        table.add_row(population, str(one.members), *map(shown, sizes), f"{one.seconds:.0f} s")
+    if narrow:
+        table.caption = "float32 copies: of all weights, which compilers for CPUs alone make of those in bfloat16"
+        table.caption_justify = "left"
     return table
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ def test_the_command_prints_it_before_any_weight_is_there(bare_folder, tmp_path,
     printed = capsys.readouterr().out
     assert "layers.self_attn.q_proj: (2, 16, 2) + (2, 2, 16)" in printed
     assert "layers.self_attn.o_proj" in printed
-    assert "3 runs together" in printed
+    assert re.search(r"lora_ga +│ +3 │", printed)
     assert "trained parameters" in printed
     assert "256" in printed  # 2 targets of 2 layers, each (16 + 16) x 2
     assert main(["estimate", str(file), "--output", "somewhere"]) == 2

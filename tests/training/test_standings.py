@@ -49,7 +49,7 @@ def test_differences_by_a_field_are_paired_t_tests_corrected_together(tmp_path):
     assert lost.cell is None
     assert lost.cells == (1, 1)
     said = verdict(rows, "lora")
-    better, worse, _ = (row.difference for row in compared)
+    better = compared[0].difference
     assert f"Better than lora: balora at rank 4 ({better.mean:+.4f} ± {better.half_width:.4f}); worse than" in said
     assert "not told apart from" in said
     assert "5 % in all 3 comparisons" in said
