@@ -17,8 +17,9 @@ from balora_jax.data.hub_tokenizer import load_tokenizer, tokenizer_files
 from balora_jax.data.tokenizer import CharTokenizer
 from balora_jax.errors import ConfigError
 from balora_jax.models import Decoder
+from balora_jax.models.generation import generate
 from balora_jax.models.weights import load_decoder
-from balora_jax.training.evaluation import generate, what_is_not_finite
+from balora_jax.training.evaluation import what_is_not_finite
 from balora_jax.training.memory import check_answers, memory_limit
 
 

@@ -11,7 +11,7 @@ from processes import run_alone
 
 from balora_jax.adapters import add_adapters
 from balora_jax.models import Decoder, DecoderConfig
-from balora_jax.training.evaluation import generate
+from balora_jax.models.generation import generate
 
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 VOCAB = SIZES["vocab_size"]

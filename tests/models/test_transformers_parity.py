@@ -9,8 +9,8 @@ from decoder_reference import CONFIGS, HEADS, LLAMA3, SIZES, random_decoder
 from flax import nnx
 
 from balora_jax.adapters import add_adapters, iter_adapters
+from balora_jax.models.generation import generate
 from balora_jax.models.weights import load_decoder, save_decoder
-from balora_jax.training.evaluation import generate
 from balora_jax.training.step import token_losses
 
 REASON = "the comparison needs the original library, which is no dependency"
