@@ -94,8 +94,8 @@ def balance(
         or wider; half-precision ones lose about three digits of balance when the result is rounded back. On CPUs and
         GPUs a float32 pair keeps its product to about 3e-7, and its balancing gap is as small, at scales from 1e-20 to
         1e18 and up to condition numbers of both factors of 1e6, in every gauge; where float32 cannot give this, the
-        work on these factors is done in float64. TPUs lack float64: products and gaps are as small there (5e-7 and
-        1e-6), but pairs that float32 cannot carry are skipped: those whose columns nearly depend on each other, or
+        work on these factors is done in float64. TPUs lack float64: products and gaps are nearly as small there (5e-7
+        and 3e-6), but pairs that float32 cannot carry are skipped: those whose columns nearly depend on each other, or
         whose terms cancel in `A T` or in the product.
 
     Source: arXiv 2605.31484 (the projection onto the hyper-balanced set).
