@@ -100,9 +100,9 @@ def _balanced(lefts, rights, gauge, route, wide, precision):
     gram_a = jnp.concatenate([gram(a, 0) for a in lefts]).astype(wide)
     gram_b = jnp.concatenate([gram(b, 1) for b in rights]).astype(wide)
     safe = _safe(gram_a) & _safe(gram_b)
-    *near, i, j = near_one(gram_a, gram_b)
+    *_, i, j = near_one(gram_a, gram_b)
     gram_a, gram_b = (times_two_to(x, -(i + j)[:, None, None]) for x in (gram_a, gram_b))
-    change, trusted = _trusted_change(gram_a, gram_b, (*near, i, j), safe, gauge, route, dtype)
+    change, trusted = _trusted_change(gram_a, gram_b, safe, gauge, route, dtype)
     moved = cancellation(change, gram_a, gram_b)
     if gauge != "raw_svd":
         settled = _settled(gram_a, gram_b, gauge, float(jnp.finfo(precision).eps))
@@ -128,7 +128,7 @@ def _balanced(lefts, rights, gauge, route, wide, precision):
     return new_lefts, new_rights, forward, inverse, lost, nonfinite, moved.astype(jnp.float32)
 
 
-def _trusted_change(gram_a, gram_b, scaled, safe, gauge, route, dtype):
+def _trusted_change(gram_a, gram_b, safe, gauge, route, dtype):
     """The change of gauge from Gram matrices of the precision `dtype`, and for which pairs these were good enough."""
 
     def judged(change, gram_a, gram_b, safe):
@@ -142,17 +142,17 @@ def _trusted_change(gram_a, gram_b, scaled, safe, gauge, route, dtype):
         return turned(change, rotation(change, gram_a, gram_b, gauge)), trusted
 
     def iterative(gram_a, gram_b, safe):
-        near_a, near_b, i, j = scaled
+        near_a, near_b, i, j = near_one(gram_a, gram_b)
         change = iterative_change(near_a.astype(dtype), near_b.astype(dtype))
         change = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(gram_a.dtype), change)
         change = of_unscaled(change, i, j)
 
         def one_exactly(carry):
             todo, *outcome = carry
-            i = jnp.where(todo, jnp.arange(todo.shape[0]), todo.shape[0]).min()  # the first one left
-            one = exact(*(lax.dynamic_slice_in_dim(x, i, 1) for x in (gram_a, gram_b, safe)))
-            outcome = jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, i, 0), tuple(outcome), one)
-            return todo.at[i].set(False), *outcome
+            first = jnp.where(todo, jnp.arange(todo.shape[0]), todo.shape[0]).min()
+            one = exact(*(lax.dynamic_slice_in_dim(x, first, 1) for x in (gram_a, gram_b, safe)))
+            outcome = jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, first, 0), tuple(outcome), one)
+            return todo.at[first].set(False), *outcome
 
         trusted = judged(change, gram_a, gram_b, safe)
         return lax.while_loop(lambda carry: carry[0].any(), one_exactly, (~trusted, change, trusted))[1:]
