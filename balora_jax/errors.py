@@ -1,6 +1,7 @@
 """Mistakes that the command line shows as one line."""
 
 import unicodedata
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -19,3 +20,12 @@ def printable(text: str, *, keep: str = "") -> str:
         keep: characters that may stay.
     """
     return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") and c not in keep else c for c in text)
+
+
+def shown_value(value: Any) -> str:
+    """Returns a value from outside, in short."""
+    try:
+        text = repr(value)
+    except Exception as error:  # an integer of more than 4300 digits has no text, and other objects have code of theirs
+        text = f"a {type(value).__name__} that has no text ({error})"
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -3,7 +3,7 @@
 So the command line tells of a wrong flag before JAX is there. What a setting does is decided where it is used.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Gauge = Literal["svd", "raw_svd", "nearest", "symmetric"]
@@ -128,6 +128,32 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
+class EvaluationSettings:
+    """One more data set that runs are evaluated on, beside the evaluation part of their own.
+
+    Attributes:
+        name: what it is called in the results.
+        recipe: name of the data set, see `RECIPES`.
+        path: where the published data lie, see `read_source`; None for the Hub, or to generate.
+        modules: parts of the data set to use; empty for all.
+        difficulty: difficulties of generated questions, mixed evenly.
+        examples: largest number of examples; None for all of a published split.
+        split: the published split; None for `validation` where there is one, otherwise `test`, or all of data without
+            splits.
+        seed: of the draw of the examples.
+    """
+
+    name: str
+    recipe: str
+    path: str | None = None
+    modules: tuple[str, ...] = ()
+    difficulty: tuple[int, ...] = (1, 2)
+    examples: int | None = 500
+    split: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class TrainingSettings:
     """The loop.
 
@@ -143,6 +169,9 @@ class TrainingSettings:
         log_every: steps between writes of the metrics of every step.
         members_at_once: runs of a population that are computed at the same time; None for all. Fewer need less memory.
         max_new_tokens: tokens generated per answer in the evaluation; None for the length of the longest right answer.
+        select: the adapters that a run ends with, and that its results are of: those of the `"last"` step, or the
+            `"best"`, of the lowest evaluation loss.
+        patience: evaluations in a row without a lower evaluation loss after which a run stops; None for no such stop.
     """
 
     steps: int = 1000
@@ -155,3 +184,36 @@ class TrainingSettings:
     log_every: int = 10
     members_at_once: int | None = None
     max_new_tokens: int | None = None
+    select: Literal["last", "best"] = "last"
+    patience: int | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run.
+
+    Attributes:
+        name: of the experiment, without `/`; the default output folder is `runs/<name>`.
+        method: a name in `balora_jax.methods.METHODS`.
+        options: names and values of the method's own numbers, where they differ from their defaults.
+        seed: decides the adapters' start, the order of the data and the dropout.
+        model: the frozen base.
+        adapter: the adapters.
+        optimizer: the optimizer.
+        balance: how balanced methods balance.
+        data: the data.
+        training: the loop.
+        evaluations: data sets that the run is evaluated on too, at every evaluation.
+    """
+
+    name: str
+    method: str = "lora"
+    options: tuple[tuple[str, float], ...] = ()
+    seed: int = 0
+    model: ModelSettings = field(default_factory=ModelSettings)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    balance: BalanceSettings = field(default_factory=BalanceSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    evaluations: tuple[EvaluationSettings, ...] = ()

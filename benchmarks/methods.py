@@ -20,8 +20,8 @@ import numpy as np
 from balora_jax.methods import METHODS
 from balora_jax.models.weights import load_decoder
 from balora_jax.training import load_config
+from balora_jax.training.loading import load_data
 from balora_jax.training.records import environment
-from balora_jax.training.run import load_data
 from balora_jax.training.step import Program
 
 CONFIG = Path(__file__).parent.parent / "configs" / "compare_methods.py"

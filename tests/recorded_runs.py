@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 from balora_jax.training import Config
-from balora_jax.training.config import with_fields
+from balora_jax.training.fields import with_fields
 
 LOSSES = {  # method, learning rate: by seed
     ("lora", 0.1): (2.0, 2.2, 2.4),

@@ -12,16 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 import tyro
 
 from balora_jax.errors import ConfigError
-from balora_jax.training.config import (
-    Config,
-    Sweep,
-    combinations,
-    field_names,
-    get_field,
-    load_config,
-    suggestion,
-    with_fields,
-)
+from balora_jax.settings import Config
+from balora_jax.training.config import Sweep, combinations, load_config
+from balora_jax.training.fields import field_names, get_field, suggestion, with_fields
 
 T = TypeVar("T")
 

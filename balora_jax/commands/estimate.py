@@ -12,7 +12,7 @@ def main(arguments: list[str]) -> int:
     runs = expand(config, sweep)
     from balora_jax.training import results  # heavy, as what follows: after the cheap mistakes
     from balora_jax.training.estimate import estimate, report
-    from balora_jax.training.run import sort_into_populations
+    from balora_jax.training.populations import sort_into_populations
 
     console = PlainConsole(width=max(PlainConsole().width, results.TABLE_WIDTH))
     populations = sort_into_populations(runs).items()

@@ -8,7 +8,7 @@ from balora_jax.commands.arguments import Flag, read_config
 from balora_jax.commands.folders import check_peft
 from balora_jax.console import PlainConsole
 from balora_jax.errors import ConfigError
-from balora_jax.training.config import check
+from balora_jax.training.checks import check
 
 WHAT = "Measures loss and accuracy of a model on the evaluation data of a config file."
 FLAGS = {

@@ -13,7 +13,7 @@ from balora_jax.adapters import load_adapters, read_peft
 from balora_jax.commands.folders import explained
 from balora_jax.data.hub_tokenizer import files_fingerprint, tokenizer_files
 from balora_jax.errors import ConfigError
-from balora_jax.training.config import Config
+from balora_jax.settings import Config
 from balora_jax.training.evaluation import accuracies, answer, evaluate_loss, what_is_not_finite
 from balora_jax.training.loading import load_data, load_model
 from balora_jax.training.memory import check_evaluation, memory_limit

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from balora_jax.commands.arguments import Flag, read_config
 from balora_jax.console import PlainConsole
-from balora_jax.training.config import Config, Sweep, expand
+from balora_jax.settings import Config
+from balora_jax.training.config import Sweep, expand
 from balora_jax.training.live import check_log
 
 WHAT = "Trains and compares what a config file describes; the same command goes on after an interruption."

@@ -5,7 +5,7 @@ Examples have the columns `module`, `prompt` and `answer` (and `choices`), or `m
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,10 @@ class Splits(NamedTuple):
 def load(settings: DataSettings) -> Splits:
     """Loads a data set by its recipe.
 
+    Args:
+        settings: what to load; with `train_examples` 0 there are evaluation examples alone, which may then be all of
+            data without splits.
+
     Raises:
         ValueError: no such recipe, or settings or data that it cannot serve.
         FileNotFoundError: the data are missing.
@@ -57,6 +61,10 @@ def load(settings: DataSettings) -> Splits:
     if twice := [name for name in settings.modules if settings.modules.count(name) > 1]:
         raise ValueError(f"data.modules must name each module once, got {twice[0]!r} more often")
     splits = RECIPES[settings.recipe](settings)
+    if settings.train_examples == 0:
+        if not len(splits.evaluation):
+            raise ValueError(f"{settings.recipe} must have examples to evaluate on, got none")
+        return splits._replace(left_out={what: n for what, n in splits.left_out.items() if n})
     train, repeated = _without_prompts_of(splits.evaluation, splits.train)
     left_out = {**splits.left_out, "training examples that are also evaluation examples": repeated}
     left_out = {what: n for what, n in left_out.items() if n}
@@ -71,20 +79,28 @@ def load(settings: DataSettings) -> Splits:
 
 def _without_prompts_of(evaluation: datasets.Dataset, train: datasets.Dataset) -> tuple[datasets.Dataset, int]:
     """The training examples whose prompt is no evaluation example's, and how many others there are."""
+    shared = _is_among(train, evaluation)
+    return (train.select(np.flatnonzero(~shared)) if shared.any() else train), int(shared.sum())
 
-    def prompts(examples):
-        for batch in examples.iter(1000):
-            if "messages" in batch:
-                yield from (
-                    "\0".join(m["content"] for m in messages if m["role"] != "assistant")
-                    for messages in batch["messages"]
-                )
-            else:
-                yield from batch["prompt"]
 
-    held_out = set(prompts(evaluation)) - {""}  # bare text has no prompt, and lines (headings) that recur
-    kept = np.fromiter((prompt not in held_out for prompt in prompts(train)), bool, len(train))
-    return (train if kept.all() else train.select(np.flatnonzero(kept))), len(train) - int(kept.sum())
+def count_shared(evaluation: datasets.Dataset, train: datasets.Dataset) -> int:
+    """Returns how many evaluation examples have the prompt of a training example."""
+    return int(_is_among(evaluation, train).sum())
+
+
+def _is_among(examples: datasets.Dataset, others: datasets.Dataset) -> np.ndarray:
+    """Which examples have a prompt of the others'; none whose prompt is empty, as bare text's is."""
+    known = set(_prompts(others)) - {""}
+    return np.fromiter((prompt in known for prompt in _prompts(examples)), bool, len(examples))
+
+
+def _prompts(examples: datasets.Dataset) -> Iterator[str]:
+    for batch in examples.iter(1000):
+        if "messages" in batch:
+            for messages in batch["messages"]:
+                yield "\0".join(m["content"] for m in messages if m["role"] != "assistant")
+        else:
+            yield from batch["prompt"]
 
 
 def check_lengths(
@@ -127,6 +143,7 @@ def _is_of(module: str, name: str) -> bool:
 
 _TEXT = datasets.Value("string")
 _ANSWERS = {"module": _TEXT, "prompt": _TEXT, "answer": _TEXT}
+_ANSWER_FEATURES = datasets.Features(_ANSWERS)
 _CHOICES = {**_ANSWERS, "choices": datasets.List(_TEXT)}
 _CONVERSATIONS = {"module": _TEXT, "messages": datasets.List({"role": _TEXT, "content": _TEXT})}
 
@@ -232,7 +249,8 @@ def _shares(count: int | None, parts: int) -> list[int | None]:
 
 def as_dataset(examples: Iterable[mathematics.Example], frames: Frames = _BARE) -> datasets.Dataset:
     """Returns mathematics examples with the columns of recipes, in memory."""
-    return datasets.Dataset.from_list([frames.row(example) for example in examples], datasets.Features(_ANSWERS))
+    rows = [frames.row(example) for example in examples]
+    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in _ANSWERS}, _ANSWER_FEATURES)
 
 
 def _mathematics(settings: DataSettings, frames: Frames = _BARE) -> Splits:
@@ -283,6 +301,8 @@ def _read_evenly(
 ) -> tuple[datasets.Dataset, int]:
     """At most `count` published examples, as many from each file or one less; and how many files give none."""
     assert settings.path is not None
+    if count == 0:
+        return as_dataset(()), 0
     try:
         files = [
             file
@@ -295,7 +315,7 @@ def _read_evenly(
     examples = written(
         lambda: (frames.row(example) for pair in zip(files, shares, strict=True) for example in read_file(*pair)),
         files=files,
-        features=datasets.Features(_ANSWERS),
+        features=_ANSWER_FEATURES,
         key=("mathematics", [(file.parent.name, file.stem) for file in files], count, frames),
     )
     return examples, shares.count(0)

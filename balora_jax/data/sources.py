@@ -136,11 +136,12 @@ def split(
     """Draws the rows for training and for evaluation; no row is in both.
 
     Evaluation takes rows of the split `validation` where there is one, otherwise of `test`. Where there is neither,
-    `eval_examples` rows are held out from training: which ones, the seed alone decides.
+    `eval_examples` rows are held out from training: which ones, the seed alone decides. Without training, where there
+    is one split alone, it takes rows of that.
 
     Args:
         source: the splits of a data set.
-        train_examples: largest number of rows for training; None for all.
+        train_examples: largest number of rows for training; None for all, 0 for evaluation alone.
         eval_examples: largest number of rows for evaluation; None for all of a split of its own.
         eval_split: the split to evaluate on, instead.
         seed: decides which rows, and their order.
@@ -149,6 +150,9 @@ def split(
         ValueError: there is nothing to train on, or no such split to evaluate on.
     """
     rows = source["train"] if "train" in source else next(iter(source.values())) if len(source) == 1 else None
+    alone = train_examples == 0
+    if rows is None and alone:
+        rows = next(iter(source.values())).select(())
     if rows is None:
         raise ValueError(f"a data set must have a split train, got {', '.join(source)}")
     train_order = np.random.default_rng((seed, 0)).permutation(len(rows))
@@ -160,6 +164,8 @@ def split(
     if own is not None:
         eval_order = np.random.default_rng((seed, 1)).permutation(len(own))
         return rows.select(train_order[:train_examples]), own.select(eval_order[:eval_examples])
+    if alone and len(source) == 1:
+        return rows.select(()), rows.select(train_order[:eval_examples])
     if eval_examples is None or eval_examples >= len(rows):
         raise ValueError(
             f"data.eval_examples must be a number below that of the rows ({len(rows)}), as they have no evaluation "

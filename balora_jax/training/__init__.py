@@ -5,18 +5,18 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from balora_jax.errors import RunError
-from balora_jax.training.config import (
+from balora_jax.errors import ConfigError, RunError
+from balora_jax.settings import (
     AdapterSettings,
     BalanceSettings,
     Config,
-    ConfigError,
     DataSettings,
+    EvaluationSettings,
     ModelSettings,
     OptimizerSettings,
     TrainingSettings,
-    load_config,
 )
+from balora_jax.training.config import load_config
 
 if TYPE_CHECKING:
     from balora_jax.training.run import run
@@ -27,6 +27,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataSettings",
+    "EvaluationSettings",
     "ModelSettings",
     "OptimizerSettings",
     "RunError",

@@ -37,6 +37,44 @@ def gap_curves(rows: Sequence[Standing]) -> Chart | None:
     return _over_steps(rows, lambda run: _recorded(run, "gap_mean"), "relative balancing gap")
 
 
+def condition_curves(rows: Sequence[Standing]) -> Chart | None:
+    """Returns the condition number of the pairs over the steps, the median pair's; None without pairs."""
+    return _over_steps(rows, lambda run: _evaluated(run, "condition"), "condition number")
+
+
+def other_loss_curves(rows: Sequence[Standing], name: str) -> Chart | None:
+    """Returns the losses on a further evaluation set over the steps."""
+
+    def curve(run: Run) -> dict[int, float]:
+        found = {record["step"]: record.get("others", {}).get(name) for record in run.evaluations}
+        return {step: float(loss) for step, loss in found.items() if loss is not None}
+
+    return _over_steps(rows, curve, f"loss on {shown(name)}")
+
+
+def spectra(rows: Sequence[Standing]) -> Chart | None:
+    """Returns the singular values of every pair at the end: the middle one, and a band from the least to the greatest.
+
+    They are of the first seed of the best cells; None without pairs.
+    """
+    traces = []
+    for row, look in _with_looks(rows):
+        lines = next((run.spectra for run in (row.cell.runs.values() if row.cell else ())), ())
+        if not lines:
+            continue
+        names = [shown(str(line["pair"])) for line in lines]
+        values = [sorted(map(float, line["product"])) for line in lines]
+        least, greatest = ([one[at] for one in values] for at in (0, -1))
+        middle = [statistics.median(one) for one in values]
+        traces += _line_with_band(names, middle, (least, greatest), shown(described(row)), look)
+    if not traces:
+        return None
+    chart = _chart(traces, "layer", "singular values of the product", logarithmic=True)
+    chart["layout"]["xaxis"] |= {"type": "category", "tickangle": -90, "tickfont": {"size": 9}}
+    chart["layout"]["margin"] |= {"b": 160}
+    return chart
+
+
 def losses_over_rate(rows: Sequence[Standing]) -> Chart | None:
     """Returns the final loss over the learning rate, at the best values of all else; None if one rate was tried."""
     field, traces = "optimizer.learning_rate", []
@@ -99,15 +137,25 @@ def _over_steps(
         if not steps:
             continue
         values = [[found[step] for found in curves] for step in steps]
-        shared = {"x": steps, "legendgroup": described(row), "mode": "lines"}
-        for choose, fill in ((min, {}), (max, {"fill": "tonexty", "fillcolor": _faint(look["color"])})):
-            band = {"line": {"width": 0}, "showlegend": False, "hoverinfo": "skip", **fill}
-            traces.append({**shared, **band, "y": [_number(choose(v)) for v in values]})
-        name = f"{described(row)} (n = {len(curves)})"
-        traces.append(
-            {**shared, "y": [_number(statistics.median(v)) for v in values], "line": look, "name": shown(name)}
-        )
+        middle, least, greatest = ([choose(v) for v in values] for choose in (statistics.median, min, max))
+        name = shown(f"{described(row)} (n = {len(curves)})")
+        traces += _line_with_band(steps, middle, (least, greatest), name, look)
     return _chart(traces, "step", title, logarithmic=logarithmic) if traces else None
+
+
+def _line_with_band(
+    x: Sequence, middle: Sequence[float], ends: tuple[Sequence[float], Sequence[float]], name: str, look: Mapping
+) -> list[dict]:
+    """The traces of a line and of the band around it."""
+    shared = {"x": x, "legendgroup": name, "mode": "lines"}
+    band = {"line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
+    filled = {"fill": "tonexty", "fillcolor": _faint(look["color"])}
+    least, greatest = ([_number(y) for y in end] for end in ends)
+    return [
+        {**shared, **band, "y": least},
+        {**shared, **band, **filled, "y": greatest},
+        {**shared, "y": [_number(y) for y in middle], "line": look, "name": name},
+    ]
 
 
 def _chart(traces: list[dict], x: str, y: str, *, logarithmic: bool) -> Chart:
@@ -160,6 +208,10 @@ def _with_looks(rows: Sequence[Standing]) -> list[tuple[Standing, dict[str, Any]
 
 def _recorded(run: Run, name: str) -> dict[int, float]:
     return {record["step"]: float(record[name]) for record in run.steps if name in record}
+
+
+def _evaluated(run: Run, name: str) -> dict[int, float]:
+    return {record["step"]: float(record[name]) for record in run.evaluations if name in record}
 
 
 def _thinned(steps: list[int]) -> list[int]:

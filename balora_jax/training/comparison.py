@@ -24,12 +24,16 @@ class Run:
         result: its result record.
         curve: its evaluation losses by step.
         steps: its records of training steps.
+        evaluations: its records of evaluations.
+        spectra: the singular values of its pairs at the end, as in `spectra.jsonl`.
     """
 
     config: Mapping[str, Any]
     result: Record
     curve: Mapping[int, float]
     steps: Sequence[Record] = ()
+    evaluations: Sequence[Record] = ()
+    spectra: Sequence[Record] = ()
 
     def field(self, name: str) -> Any:
         """Returns the config's value of a dotted name; a list becomes a tuple."""
@@ -125,13 +129,16 @@ def load_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[Record]]:
     known: set[str] = set()
     for folder in map(Path, folders):
         configs, records, starts = _read_folder(folder)
+        spectra = _read_spectra(folder / "spectra.jsonl")
         environments += starts
         results = {r["member"]: r for r in records if r["kind"] == "result"}
         curves: dict[str, dict[int, float]] = {member: {} for member in configs}
         steps: dict[str, list[Record]] = {member: [] for member in configs}
+        evaluations: dict[str, list[Record]] = {member: [] for member in configs}
         for record in records:
             if record["kind"] == "evaluation":
                 curves[record["member"]][record["step"]] = float(record["evaluation_loss"])
+                evaluations[record["member"]].append(record)
             elif record["kind"] == "train":
                 steps[record["member"]].append(record)
         missing = [member for member in configs if member not in results]
@@ -142,7 +149,8 @@ def load_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[Record]]:
             if key in known:
                 raise ValueError(f"{folder} holds {member}, which another folder holds too")
             known.add(key)
-            runs.append(Run(config, results[member], curves[member], steps[member]))
+            own = [line for line in spectra if line["member"] == member]
+            runs.append(Run(config, results[member], curves[member], steps[member], evaluations[member], own))
     return runs, environments
 
 
@@ -168,6 +176,18 @@ def _read_folder(folder: Path) -> tuple[dict[str, dict], list[Record], list[Reco
     return configs, records, environments
 
 
+def _read_spectra(file: Path) -> list[Record]:
+    """The lines of a run's spectra, none if it has no such file; raises `RunError` if one is broken."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    try:
+        spectra = [parse_line(line) for line in lines]
+        if all(isinstance(one["member"], str) and all(map(is_number, one["product"])) for one in spectra):
+            return spectra
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{file} is broken: {error}") from error
+    raise RunError(f"{file} is broken: its lines must have a member and numbers under product")
+
+
 def _is_config(config: Any) -> bool:
     names = {"name": str, "method": str, "seed": int}
     return isinstance(config, dict) and all(isinstance(config.get(name), kind) for name, kind in names.items())
@@ -182,7 +202,7 @@ def _is_of_member(record: Record, configs: Mapping[str, Any]) -> bool:
     if not isinstance(record.get("member"), str) or record["member"] not in configs:
         return False
     needed = {"evaluation": ("evaluation_loss",), "result": ("evaluation_loss", "diverged_at")}.get(record["kind"], ())
-    numbers = [name for name in ("evaluation_loss", "loss", "gap_mean", "diverged_at") if name in record]
+    numbers = [name for name in ("evaluation_loss", "loss", "gap_mean", "condition", "diverged_at") if name in record]
     if not record.keys() >= set(needed) or not all(is_number(record[name]) for name in numbers):
         return False
     return isinstance(record.get("diverged_at", 0), int)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.table import Table
 
+from balora_jax.errors import ConfigError
 from balora_jax.models.weights import abstract_decoder
-from balora_jax.training.config import Config, ConfigError
+from balora_jax.settings import Config
 from balora_jax.training.memory import NO_MACHINE, StepMemory, check_step, shown, step_memory
 from balora_jax.training.step import Program, TrainState
 

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from balora_jax.data.batches import Arrays, Tokenizer, batches
 from balora_jax.errors import printable
-from balora_jax.training.config import Config
+from balora_jax.settings import Config
 from balora_jax.training.loading import load_data
 
 MOST_ROWS = 4

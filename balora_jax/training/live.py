@@ -15,7 +15,7 @@ from balora_jax.errors import ConfigError, RunError
 from balora_jax.files import is_number
 
 if TYPE_CHECKING:
-    from balora_jax.training.config import Config
+    from balora_jax.settings import Config
     from balora_jax.training.records import Record
 
 LIBRARIES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}

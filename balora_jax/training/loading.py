@@ -1,14 +1,17 @@
 """The base and the data of a run, read once a process."""
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 from balora_jax.data import recipes
-from balora_jax.data.batches import Rows, encode, pack, pad
+from balora_jax.data.batches import Rows, Tokenizer, encode, pack, pad
 from balora_jax.data.hub_tokenizer import load_tokenizer
 from balora_jax.errors import ConfigError
 from balora_jax.models import Decoder
 from balora_jax.models.weights import load_decoder
-from balora_jax.settings import DataSettings, ModelSettings
+from balora_jax.settings import Config, DataSettings, EvaluationSettings, ModelSettings
 from balora_jax.training.evaluation import EvaluationSet
 
 
@@ -44,12 +47,9 @@ def load_data(settings: DataSettings, model: str = ModelSettings.path) -> tuple[
     Raises:
         ConfigError: the settings, the data or the tokenizer do not do.
     """
-    try:
-        tokenizer = load_tokenizer(model, settings.tokenizer)
-    except (OSError, ImportError, ValueError) as error:
-        raise ConfigError(f"{'data.tokenizer' if settings.tokenizer else 'model.path'}: {error}") from error
-    try:
-        splits = recipes.load(settings)
+    tokenizer = _tokenizer(settings, model)
+    with _explained():
+        splits = _splits(settings)
         train, held_out = (
             encode(split, tokenizer, max_length=settings.length) for split in (splits.train, splits.evaluation)
         )
@@ -58,8 +58,6 @@ def load_data(settings: DataSettings, model: str = ModelSettings.path) -> tuple[
             | recipes.check_lengths(settings, splits.train, train.kept, "training")
             | recipes.check_lengths(settings, splits.evaluation, held_out.kept, "evaluation")
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(str(error) if str(error).startswith("data.") else f"data: {error}") from error
     if settings.packing:
         rows = pack(train, length=settings.length, pad_id=tokenizer.pad_id)
     else:  # no longer than they must be, in multiples that devices like
@@ -73,6 +71,72 @@ def load_data(settings: DataSettings, model: str = ModelSettings.path) -> tuple[
         said += _lacking(settings, kind, len(split) + sum(splits.left_out.get(what, 0) for what in gone))
         said += [f"skipped {count} {what}" for what, count in gone.items()]
     return rows, examples, notes
+
+
+@cache
+def load_evaluation(
+    settings: EvaluationSettings, data: DataSettings, model: str = ModelSettings.path
+) -> tuple[EvaluationSet, list[str]]:
+    """One more evaluation set of a run, and notes of what is not as asked for.
+
+    Args:
+        settings: of the set.
+        data: of the run, whose tokenizer and length are used, and whose training examples are looked through.
+        model: as for `load_data`.
+
+    Raises:
+        ConfigError: the settings or the data do not do.
+    """
+    own = replace(
+        data,
+        recipe=settings.recipe,
+        path=settings.path,
+        modules=settings.modules,
+        difficulty=settings.difficulty,
+        train_examples=0,
+        eval_examples=settings.examples,
+        eval_split=settings.split,
+        seed=settings.seed,
+    )
+    tokenizer = _tokenizer(data, model)
+    with _explained(f"evaluations, {settings.name}: "):
+        splits = _splits(own)
+        encoded = encode(splits.evaluation, tokenizer, max_length=own.length)
+        left_out = splits.left_out | recipes.check_lengths(own, splits.evaluation, encoded.kept, "evaluation")
+    there = len(splits.evaluation)
+    notes = []
+    if there < (settings.examples or 0):
+        notes.append(f"{settings.examples:,} examples asked for, {there:,} there")
+    notes += [f"skipped {count} {what}" for what, count in left_out.items() if what.startswith("evaluation")]
+    if shared := recipes.count_shared(splits.evaluation, _splits(data).train):
+        notes.append(f"{shared:,} of its questions are training examples too")
+    examples = EvaluationSet.build(encoded, splits.evaluation, tokenizer, score=splits.score)
+    return examples, [f"{settings.name}: {note}" for note in notes]
+
+
+def load_evaluations(config: Config) -> tuple[dict[str, EvaluationSet], list[str]]:
+    """The evaluation sets that a config has beside its own, by name, and their notes; raises as `load_evaluation`."""
+    found = {s.name: load_evaluation(s, config.data, config.model.path) for s in config.evaluations}
+    return {name: examples for name, (examples, _) in found.items()}, [n for _, notes in found.values() for n in notes]
+
+
+_splits = cache(recipes.load)
+
+
+def _tokenizer(settings: DataSettings, model: str) -> Tokenizer:
+    try:
+        return load_tokenizer(model, settings.tokenizer)
+    except (OSError, ImportError, ValueError) as error:
+        raise ConfigError(f"{'data.tokenizer' if settings.tokenizer else 'model.path'}: {error}") from error
+
+
+@contextlib.contextmanager
+def _explained(prefix: str = "") -> Iterator[None]:
+    """Turns the errors of data into one of the config, whose fields they name."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{prefix}{'' if str(error).startswith('data.') else 'data: '}{error}") from error
 
 
 def _lacking(settings: DataSettings, kind: str, there: int) -> list[str]:

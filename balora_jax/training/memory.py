@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from balora_jax.errors import ConfigError
 from balora_jax.models import DecoderConfig
 from balora_jax.models.attention import MOST_BLOCKS
-from balora_jax.training.config import Config, TrainingSettings
+from balora_jax.settings import Config, TrainingSettings
 from balora_jax.training.evaluation import EvaluationSet
 
 NO_MACHINE = 2**50

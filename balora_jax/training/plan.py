@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from balora_jax.training.config import Config
+from balora_jax.settings import Config
 from balora_jax.training.loading import base_model
 from balora_jax.training.memory import memory_limit, shown
 from balora_jax.training.step import Program

@@ -4,6 +4,7 @@ config.json        the config of every member, as it was resolved
 environment.json   versions, device, commit and command of every start
 metrics.jsonl      the record: training steps, evaluations, checkpoints, results
 answers.jsonl      some answers of the last evaluation, with what was asked and expected, to look at
+spectra.jsonl      the singular values of every pair at the end
 checkpoints/       per population
 results.json, results.txt, figure.png, report.html    made from metrics.jsonl at the end
 """
@@ -28,7 +29,7 @@ import jax
 from balora_jax.errors import ConfigError, RunError
 from balora_jax.files import MOST_NESTED, is_nested_too_deeply, open_to_append, read_json, whole_file
 from balora_jax.methods import get_method
-from balora_jax.training.config import Config
+from balora_jax.settings import Config, TrainingSettings
 from balora_jax.training.live import LiveLog
 
 try:
@@ -123,28 +124,29 @@ class RunDirectory:
         if self._watcher is not None:
             self._watcher.write(records)
 
-    def write_answers(self, population: str, answers: Iterable[Record]) -> None:
-        """Writes the answers of a population, in the place of those that it had.
+    def write_lines(self, name: str, population: str, records: Iterable[Record]) -> None:
+        """Writes what a population has in a file beside the record, in the place of what it had there.
 
         Args:
+            name: of the file, `answers.jsonl` say.
             population: its name.
-            answers: with the `member` that gave it; the population is added.
+            records: with the `member` that each is of; the population is added.
 
         Raises:
             RunError: a line of the file is broken.
         """
-        file, kept = self.path / "answers.jsonl", []
+        file, kept = self.path / name, []
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if file.exists() else []
         for number, line in enumerate(lines, start=1):
             try:
                 other = parse_line(line)["population"] != population
             except (KeyError, TypeError, ValueError) as error:
-                raise RunError(f"{file}, line {number} is no answer ({error}); delete the file to go on") from None
+                raise RunError(f"{file}, line {number} is none of its kind ({error}); delete it to go on") from None
             if other:
                 kept.append(line)
         with whole_file(file) as out:
             out.writelines(kept)
-            out.writelines(json.dumps({"population": population} | answer) + "\n" for answer in answers)
+            out.writelines(json.dumps({"population": population} | record) + "\n" for record in records)
 
     def rewind(self, population: str, step: int) -> None:
         """Forgets what a population recorded after a step: it is about to be done again."""
@@ -163,23 +165,23 @@ class RunDirectory:
         return [r for r in self.records if r["kind"] == kind and all(r[k] == v for k, v in equal.items())]
 
     def check_complete(
-        self, population: str, members: Iterable[str], *, step: int, eval_every: int, finished: bool = False
+        self, population: str, members: Iterable[str], settings: TrainingSettings, *, checkpoint: int | None = None
     ) -> None:
-        """Raises `RunError` if the record of a population lacks something up to a step, or holds it twice.
+        """Raises `RunError` if the record of a population lacks something, or holds it twice.
 
         Args:
             population: its name.
             members: those of its members.
-            step: the step, of a checkpoint or the last.
-            eval_every: steps between evaluations.
-            finished: whether it is the last one, so that it has been evaluated, and there are results.
+            settings: of its training.
+            checkpoint: the step up to which it must be there; None for a finished run, with its results.
         """
-        expected = [("evaluation", at) for at in range(0, step, eval_every)]
+        step = self._last_step(population, settings) if checkpoint is None else checkpoint
+        expected = [("evaluation", at) for at in range(0, step, settings.eval_every)]
         expected += [("train", at) for at in range(1, step + 1)]
-        expected += [("evaluation", step), ("result", step)] if finished else []
+        expected += [("evaluation", step), ("result", step)] if checkpoint is None else []
         records = [r for r in self.records if r["population"] == population and "member" in r and r["step"] <= step]
         found = Counter((r["member"], r["kind"], r["step"]) for r in records)
-        until = f"up to its {'last' if finished else 'checkpoint of'} step {step}"
+        until = f"up to its {'last' if checkpoint is None else 'checkpoint of'} step {step}"
         for member, (kind, at) in itertools.product(members, expected):
             if found[member, kind, at] != 1:
                 wrong = "holds twice" if found[member, kind, at] else "lacks"
@@ -187,6 +189,11 @@ class RunDirectory:
                     f"{self._metrics} {wrong} records of {population} {until}: the {kind} record of step {at} of "
                     f"{member}; put the file back, or delete the run directory to start again"
                 )
+
+    def _last_step(self, population: str, settings: TrainingSettings) -> int:
+        """The step at which a population has ended, which is an earlier one where patience has run out."""
+        results = [] if settings.patience is None else self.of("result", population=population)
+        return max((record["step"] for record in results), default=settings.steps)
 
     def _check_entries(self) -> None:
         left_by_a_kill = {".lock", "config.json.tmp"}

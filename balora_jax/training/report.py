@@ -109,12 +109,21 @@ def report_page(folders: Sequence[Path], *, reference: str | None = None, by: It
 
 def _charts(rows: Sequence[Standing]) -> Iterator[tuple[str, charts.Chart, str]]:
     """Title, chart and note, of the charts for which there are records."""
+    others = dict.fromkeys(name for row in rows for run in row.runs for name in run.result.get("others", {}))
     found = (
         (
             "Loss over steps",
             charts.loss_curves(rows),
             "Median and range over seeds, at the best cell. Drag to zoom, double-click to go back; a click on a name "
             "switches its line, a double click shows it alone.",
+        ),
+        *(
+            (
+                f"Loss on {_text(name)} over steps",
+                charts.other_loss_curves(rows, name),
+                "A further evaluation set, which has chosen nothing: neither a cell nor a step.",
+            )
+            for name in others
         ),
         (
             "Final loss over the learning rate",
@@ -126,6 +135,17 @@ def _charts(rows: Sequence[Standing]) -> Iterator[tuple[str, charts.Chart, str]]
             charts.gap_curves(rows),
             "How far the pairs are from AᵀA = BBᵀ, relative to their size: the mean over the pairs. Balanced pairs are "
             "the best conditioned of their product.",
+        ),
+        (
+            "Condition number of the pairs over steps",
+            charts.condition_curves(rows),
+            "(σ₁(A)² + σ₁(B)²) / min(σᵣ(A), σᵣ(B))², the median over the pairs; a balanced pair has the least of its "
+            "product, 2 σ₁ / σᵣ. Infinite, and not drawn, where a factor is still zero.",
+        ),
+        (
+            "Singular values of every layer at the end",
+            charts.spectra(rows),
+            "Of s·A·B: the middle value, and a band from the least to the greatest; first seed of the best cell.",
         ),
         (
             "Training loss over steps",

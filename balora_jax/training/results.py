@@ -7,7 +7,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from balora_jax.training.config import Config, get_field
+from balora_jax.settings import Config
+from balora_jax.training.fields import get_field
 from balora_jax.training.records import Record, RunDirectory
 
 TABLE_WIDTH = 110
@@ -64,8 +65,10 @@ def summarise(directory: RunDirectory, members: Mapping[str, Config], axes: Mapp
                 ),
             }
             for key in ("evaluation_loss", "accuracy", "gap_mean"):
-                if key in runs[0]:  # without pairs there is no gap
-                    row[key] = _spread(r[key] for r in runs)
+                if any(key in run for run in runs):  # without pairs there is no gap
+                    row[key] = _spread(run.get(key) for run in runs)
+            if "others" in runs[0]:
+                row["others"] = {name: _other(name, runs) for name in runs[0]["others"]}
         rows.append(row)
     return rows
 
@@ -75,12 +78,13 @@ def table(rows: list[Record]) -> Table:
     out = Table(box=box.SIMPLE_HEAD, caption_justify="left")
     scores = {row["score"] for row in rows if row.get("accuracy")}
     score = scores.pop() if len(scores) == 1 else "right answers"
-    for name in ("method", "best", "evaluation loss", score, "n", "gap", "ms / step", "diverged"):
+    others = list(dict.fromkeys(name for row in rows for name in row.get("others", ())))
+    for name in ("method", "best", "evaluation loss", score, *others, "n", "gap", "ms / step", "diverged"):
         out.add_column(name, justify="left" if name in ("method", "best") else "right", no_wrap=name != "best")
     for row in rows:
         shared = (f"{1000 * row['step_seconds']:.1f}", f"{row['diverged']} of {row['runs']}")
         if "best" not in row:
-            out.add_row(row["population"], "every cell diverged", "", "", "0", "", *shared)
+            out.add_row(row["population"], "every cell diverged", "", "", *("" for _ in others), "0", "", *shared)
             continue
         best = ", ".join(
             f"{field.rsplit('.', 1)[-1]} {value:g}{' (edge of the grid)' if field in row['on_edge'] else ''}"
@@ -91,7 +95,8 @@ def table(rows: list[Record]) -> Table:
             row["population"],
             best,
             mean_and_spread(loss, ".4f"),
-            f"{mean_and_spread(accuracy, '.1f', factor=100)} %" if accuracy else "-",
+            _percent(accuracy),
+            *(_on_another(row.get("others", {}).get(name)) for name in others),
             str(row["n"]),
             "-" if gap is None else f"{gap['mean']:.1e}",
             *shared,
@@ -105,6 +110,18 @@ def table(rows: list[Record]) -> Table:
             "one run, trained in its population"
         )
     return out
+
+
+def _percent(accuracy: Mapping[str, Any] | None) -> str:
+    return f"{mean_and_spread(accuracy, '.1f', factor=100)} %" if accuracy else "-"
+
+
+def _on_another(found: Mapping[str, Any] | None) -> str:
+    """Loss, and below it the right answers if there are any, on a further evaluation set."""
+    if found is None or found["evaluation_loss"] is None:
+        return "-"
+    loss = mean_and_spread(found["evaluation_loss"], ".4f")
+    return f"{loss}\n{_percent(found['accuracy'])}" if found["accuracy"] else loss
 
 
 def mean_and_spread(spread: Mapping[str, Any], form: str, *, factor: float = 1.0) -> str:
@@ -136,6 +153,13 @@ def _spread(values: Iterable[float | None]) -> Record | None:
         "std": statistics.stdev(numbers) if len(numbers) > 1 else None,
         "values": numbers,
     }
+
+
+def _other(name: str, runs: list[Record]) -> Record:
+    """What runs have reached on one of the further evaluation sets."""
+    found = [run["others"][name] for run in runs]
+    spreads = {key: _spread(one[key] for one in found) for key in ("evaluation_loss", "accuracy")}
+    return {"score": found[0]["score"], **spreads}
 
 
 def _step_seconds(directory: RunDirectory, population: str, members: int) -> float:

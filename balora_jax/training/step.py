@@ -32,7 +32,10 @@ from balora_jax.methods import get_method
 from balora_jax.models import Decoder
 from balora_jax.models.cross_entropy import token_cross_entropy
 from balora_jax.pairs import find_pairs, read_pairs
-from balora_jax.training.config import NUMERIC_FIELDS, Config, get_field, with_field
+from balora_jax.settings import Config
+from balora_jax.training.config import NUMERIC_FIELDS
+from balora_jax.training.fields import get_field, with_field
+from balora_jax.training.selection import Selection, nothing_seen, seen
 from balora_jax.transform import projection_states
 
 Batch = dict[str, jax.Array]
@@ -51,6 +54,7 @@ class TrainState(NamedTuple):
         random: the random streams of dropout; empty without dropout.
         offsets: the products that the adapters started with, frozen; empty for methods that start at zero.
         diverged_at: int32, the step at which a loss or gradient was not finite, or -1. From then on nothing changes.
+        selection: what the evaluations have shown; None where the last step is taken and nothing stops earlier.
     """
 
     step: jax.Array
@@ -60,6 +64,20 @@ class TrainState(NamedTuple):
     random: nnx.State
     offsets: nnx.State
     diverged_at: jax.Array
+    selection: Selection | None = None
+
+    @property
+    def changes(self) -> jax.Array:
+        """Whether training still changes the member."""
+        running = self.diverged_at < 0
+        return running if self.selection is None else running & (self.selection.stopped_at < 0)
+
+    @property
+    def selected(self) -> "TrainState":
+        """The state with the adapters that the run ends with."""
+        if self.selection is None or not jax.tree.leaves(self.selection.adapters):
+            return self
+        return self._replace(adapters=self.selection.adapters)
 
 
 def named_key(seed: jax.typing.ArrayLike, name: str) -> jax.Array:
@@ -120,6 +138,7 @@ class Program:
         self._eval_graph = nnx.graphdef(model)
         self.step = jax.jit(self._step, donate_argnums=0)
         self.evaluate = jax.jit(self._evaluate)
+        self._select = jax.jit(jax.vmap(self._select_member), donate_argnums=0)
 
     @property
     def gradient_batches(self) -> tuple[int, int]:
@@ -151,6 +170,15 @@ class Program:
             by_seed = {seed: self._gradient_start(seed, rows) for seed, rows in batches.items()}
             starts = jax.tree.map(lambda *x: jnp.stack(x), *(by_seed[member.seed] for member in members))
         return jax.jit(jax.vmap(self._init_member, in_axes=(None, 0, 0)))(self._bare[1], numbers, starts)
+
+    def after_evaluation(self, state: TrainState, losses: Any) -> TrainState:
+        """Returns the state of a population after its evaluation.
+
+        Args:
+            state: that was evaluated.
+            losses: `(members,)` the evaluation losses.
+        """
+        return state if state.selection is None else self._select(state, jnp.asarray(losses, jnp.float32))
 
     def sizes(self, state: TrainState) -> dict[str, int]:
         """Returns what one member of a population has for itself.
@@ -186,11 +214,18 @@ class Program:
         """Returns the model of one member: base, adapters and scale."""
         graph = self._train_graph if training else self._eval_graph
         model = nnx.merge(graph, state.adapters, state.random, state.offsets, base, copy=True)
-        scale = adapter_scale(state.numbers["adapter.alpha"], self.config.adapter.rank, self._method.scaling)
+        scale = self._scale(state.numbers["adapter.alpha"])
         for _, adapter in iter_adapters(model):
             if isinstance(adapter, LoRALinear):
                 adapter.scale = AdapterScale(jnp.full(adapter.scale.shape, scale, adapter.scale.dtype))
         return model
+
+    def scale(self, member: Config) -> float:
+        """Returns by what the products of a member's pairs are multiplied."""
+        return float(self._scale(member.adapter.alpha))
+
+    def _scale(self, alpha):
+        return adapter_scale(alpha, self.config.adapter.rank, self._method.scaling)
 
     def _gradient_start(self, seed: int, batches: Mapping[str, Any]):
         model = nnx.merge(*self._bare, copy=True)
@@ -229,7 +264,7 @@ class Program:
         config = self.config
         for name, number in numbers.items():
             config = with_field(config, name, number)
-        scale = adapter_scale(config.adapter.alpha, config.adapter.rank, self._method.scaling)
+        scale = self._scale(config.adapter.alpha)
         return self._method.transformation(
             config.optimizer, config.balance, steps=config.training.steps, scale=scale, options=dict(config.options)
         )
@@ -243,7 +278,17 @@ class Program:
             start_at(model, starts)
         adapters, random, offsets = nnx.state(model, nnx.LoRAParam, nnx.RngState, AdapterOffset)
         opt_state = self._transformation(numbers).init(adapters)
-        return TrainState(jnp.int32(0), numbers, adapters, opt_state, random, offsets, jnp.int32(-1))
+        training, selection = self.config.training, None
+        if training.select == "best" or training.patience is not None:
+            selection = nothing_seen(adapters, keep=training.select == "best")
+        return TrainState(jnp.int32(0), numbers, adapters, opt_state, random, offsets, jnp.int32(-1), selection)
+
+    def _select_member(self, state: TrainState, loss: jax.Array) -> TrainState:
+        assert state.selection is not None
+        patience = self.config.training.patience
+        return state._replace(
+            selection=seen(state.selection, state.adapters, loss=loss, step=state.step, patience=patience)
+        )
 
     def _step(self, states: TrainState, base: nnx.State, batches: Batch) -> tuple[TrainState, dict]:
         """One step of every member; arrays of `batches` are `(members, accumulate, rows, length)`."""
@@ -282,13 +327,13 @@ class Program:
         updates, opt_state = self._transformation(state.numbers).update(grads, state.opt_state, state.adapters)
         gradient_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
-        alive = finite & (state.diverged_at < 0)
+        alive = finite & state.changes
         stepped = state._replace(
             adapters=optax.apply_updates(state.adapters, updates), opt_state=opt_state, random=random
         )
         new = jax.tree.map(lambda after, before: jnp.where(alive, after, before), stepped, state)
         step = state.step + 1
-        new = new._replace(step=step, diverged_at=jnp.where(finite | (state.diverged_at >= 0), state.diverged_at, step))
+        new = new._replace(step=step, diverged_at=jnp.where(finite | ~state.changes, state.diverged_at, step))
         metrics = {"loss": loss, "gradient_norm": gradient_norm, "update_norm": update_norm}
         if self._method.has_pairs:
             metrics |= _balance_metrics(new)

@@ -1,23 +1,25 @@
 """Models of a run that has been trained, from its directory alone."""
 
 import difflib
-import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
+from balora_jax.errors import ConfigError
 from balora_jax.files import read_json, read_object
 from balora_jax.models import Decoder
 from balora_jax.models.weights import abstract_decoder
+from balora_jax.settings import Config
 from balora_jax.training.checkpoints import Checkpoints
-from balora_jax.training.config import Config, ConfigError, check_types
+from balora_jax.training.checks import check_types
+from balora_jax.training.fields import from_json
 from balora_jax.training.loading import load_model
+from balora_jax.training.populations import sort_into_populations
 from balora_jax.training.records import RunError
-from balora_jax.training.run import sort_into_populations
 from balora_jax.training.step import Program, TrainState
 
 
@@ -28,7 +30,7 @@ class Trained(NamedTuple):
         name: its name.
         config: its config.
         model: base and adapters.
-        step: of the checkpoint.
+        step: that these adapters are of: of the checkpoint, or the best until then if the run ends with that.
         diverged_at: the step at which its loss was no longer finite, after which nothing changed, or -1.
     """
 
@@ -72,8 +74,10 @@ def load_trained(run: Path, member: str | None = None, *, weights: bool = True) 
     finally:
         checkpoints.close()
     index = list(together).index(name)
-    state = jax.tree.map(lambda x: x[index], states)
+    state = jax.tree.map(lambda x: x[index], states.selected)
     model = program.member_model(state, program.base)
+    if state.selection is not None and members[name].training.select == "best":
+        step = int(state.selection.step)
     return Trained(name, members[name], model, step, int(state.diverged_at))
 
 
@@ -124,7 +128,7 @@ def read_members(run: Path) -> dict[str, Config]:
     members = {}
     try:
         for name, values in read_object(file).items():
-            members[name] = _built(Config, values)
+            members[name] = from_json(Config, values)
             check_types(members[name])
     except (ValueError, TypeError) as error:
         raise RunError(f"{file} is broken, or written by another version: {error}") from error
@@ -159,29 +163,6 @@ def _only_best(run: Path, members: Mapping[str, Config]) -> str:
         f"name one member of {run} with --member; those of the best cells, with their evaluation losses, are "
         f"{shown or 'none, because every cell diverged'}"
     )
-
-
-def _built(kind: Any, value: Any) -> Any:
-    """A value of JSON as the type of a config's field, if it fits: dataclasses from mappings, tuples from lists."""
-    if hasattr(kind, "__dataclass_fields__"):
-        if not isinstance(value, dict):
-            raise ValueError(f"{kind.__name__} must be an object, got {value!r:.80}")
-        hints = get_type_hints(kind)
-        unknown = [name for name in value if name not in hints]
-        if unknown:
-            raise ValueError(f"{kind.__name__} has no field {unknown[0]}")
-        return kind(**{name: _built(hints[name], item) for name, item in value.items()})
-    if get_origin(kind) in (Union, types.UnionType) and value is not None:
-        return _built(next(arg for arg in get_args(kind) if arg is not type(None)), value)
-    if get_origin(kind) is tuple and isinstance(value, list):
-        args = get_args(kind)
-        kinds = args[:1] * len(value) if args[-1] is ... else args
-        return (
-            tuple(_built(kind, item) for kind, item in zip(kinds, value, strict=True))
-            if len(kinds) == len(value)
-            else value
-        )
-    return value
 
 
 def _any_batches(program: Program, members: Mapping[str, Config]) -> dict[int, dict[str, np.ndarray]] | None:

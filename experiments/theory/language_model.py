@@ -23,8 +23,8 @@ from balora_jax.data.batches import batches
 from balora_jax.models.weights import load_decoder
 from balora_jax.pairs import find_pairs, read_pairs, write_pairs
 from balora_jax.training import load_config
-from balora_jax.training.config import with_fields
-from balora_jax.training.run import load_data
+from balora_jax.training.fields import with_fields
+from balora_jax.training.loading import load_data
 from balora_jax.training.step import Program, token_losses
 
 CONFIG = Path(__file__).parents[2] / "configs" / "gauges.py"

@@ -23,7 +23,7 @@ from balora_jax.data.tokenizer import CharTokenizer
 from balora_jax.models import Decoder
 from balora_jax.models.config_json import read_config
 from balora_jax.models.weights import load_decoder, save_decoder
-from balora_jax.training.config import field_names
+from balora_jax.training.fields import field_names
 
 DOWN = "base_model.model.model.layers.1.mlp.down_proj"
 

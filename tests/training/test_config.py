@@ -8,7 +8,9 @@ import pytest
 from balora_jax.cli import main
 from balora_jax.commands.arguments import apply_overrides
 from balora_jax.training import Config, ConfigError, load_config
-from balora_jax.training.config import check, expand, field_names, get_field, with_field
+from balora_jax.training.checks import check
+from balora_jax.training.config import expand
+from balora_jax.training.fields import field_names, get_field, with_field
 
 BASE = Config(name="test")
 

@@ -15,9 +15,9 @@ from balora_jax.data.recipes import DataSettings
 from balora_jax.models import Decoder
 from balora_jax.models.config_json import read_config
 from balora_jax.models.weights import save_decoder
-from balora_jax.training import ConfigError, ModelSettings, run
+from balora_jax.training import ConfigError, EvaluationSettings, ModelSettings, run
 from balora_jax.training.first_batch import first_batch
-from balora_jax.training.run import load_data
+from balora_jax.training.loading import load_data, load_evaluation
 
 pytest.importorskip("transformers", reason="the tokenizers of published models need the extra hf")
 from chat_tokenizers import FAMILIES, write
@@ -189,3 +189,20 @@ def test_tokens_are_cached(qwen, files, monkeypatch, tmp_path):
     load_data.__wrapped__(settings(files, "alpaca", path=str(tmp_path / "copy.jsonl")), qwen)
     with pytest.raises(AssertionError, match="tokenised again"):
         load_data.__wrapped__(settings(files, "alpaca", seed=1), qwen)
+
+
+def test_an_evaluation_set_without_splits_is_used_whole(files, qwen, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(ROWS["gsm8k"](i)) + "\n" for i in range(9)))
+    whole = EvaluationSettings("mine", "gsm8k", path=str(file), examples=None)
+    data = settings(files, "alpaca")
+    examples, notes = load_evaluation(whole, data, qwen)
+    assert len(set(examples.prompts)) == 9
+    assert notes == []
+    assert load_evaluation(dataclasses.replace(whole, examples=20), data, qwen)[1] == [
+        "mine: 20 examples asked for, 9 there"
+    ]
+    held_out = settings(files, "gsm8k", path=str(file), train_examples=None, eval_examples=2)
+    assert load_evaluation(whole, held_out, qwen)[1] == ["mine: 7 of its questions are training examples too"]
+    with pytest.raises(ConfigError, match=r"evaluations, mine: data\.eval_split must be a split of the data"):
+        load_evaluation(dataclasses.replace(whole, split="test"), data, qwen)

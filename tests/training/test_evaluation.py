@@ -21,7 +21,7 @@ from balora_jax.training.evaluation import (
     generate_answers,
     what_is_not_finite,
 )
-from balora_jax.training.run import load_data
+from balora_jax.training.loading import load_data
 from balora_jax.training.step import Program, token_losses
 
 

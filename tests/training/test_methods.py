@@ -13,8 +13,8 @@ from balora_jax.models.weights import load_decoder
 from balora_jax.pairs import read_pairs
 from balora_jax.training import ConfigError
 from balora_jax.training.checkpoints import Checkpoints
-from balora_jax.training.config import check
-from balora_jax.training.run import load_data
+from balora_jax.training.checks import check
+from balora_jax.training.loading import load_data
 from balora_jax.training.step import Program, token_losses
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

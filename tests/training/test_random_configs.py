@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from balora_jax.methods import METHODS
 from balora_jax.training import Config, ConfigError
-from balora_jax.training.config import _types, expand, get_field, with_fields
+from balora_jax.training.config import _types, expand
+from balora_jax.training.fields import get_field, with_fields
 from balora_jax.training.trained import _built
 
 BASE = Config(name="test")

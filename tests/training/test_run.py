@@ -19,13 +19,14 @@ from safetensors.numpy import load_file, save_file
 
 from balora_jax.cli import main
 from balora_jax.console import PlainConsole
-from balora_jax.training import ConfigError, RunError, run
+from balora_jax.training import ConfigError, RunError, evaluations, run
 from balora_jax.training.config import expand
 from balora_jax.training.evaluation import Losses
 from balora_jax.training.figures import elapsed_seconds, loss_curves
 from balora_jax.training.interruption import Interrupted
+from balora_jax.training.populations import sort_into_populations
 from balora_jax.training.records import RunDirectory
-from balora_jax.training.run import Trainer, sort_into_populations
+from balora_jax.training.trainer import Trainer
 
 SWEEP = {"method": ("lora", "balora"), "optimizer.learning_rate": (1e-3, 1e-2, 1e-1), "seed": (0, 1)}
 QUIET = Console(quiet=True)
@@ -264,16 +265,16 @@ def two_seeds(config, tmp_path_factory):
 @pytest.mark.parametrize(
     ("where", "call", "signals", "message", "saved"),
     [
-        ("_next_batch", 2, [signal.SIGINT], "the same command goes on from step 2 of lora", 2),
-        ("_losses", 2, [signal.SIGTERM], "the same command goes on from step 3 of lora", 3),
-        ("_losses", 3, [signal.SIGINT], "the same command goes on from step 6 of lora", 6),
-        ("_losses", 1, [signal.SIGINT], "the same command begins lora anew", None),
-        ("_next_batch", 4, [signal.SIGINT] * 2, "the same command begins lora anew; 3 steps are lost", None),
+        ((Trainer, "_next_batch"), 2, [signal.SIGINT], "the same command goes on from step 2 of lora", 2),
+        ((evaluations.Evaluations, "losses"), 2, [signal.SIGTERM], "the same command goes on from step 3 of lora", 3),
+        ((evaluations.Evaluations, "losses"), 3, [signal.SIGINT], "the same command goes on from step 6 of lora", 6),
+        ((evaluations.Evaluations, "losses"), 1, [signal.SIGINT], "the same command begins lora anew", None),
+        ((Trainer, "_next_batch"), 4, [signal.SIGINT] * 2, "the same command begins lora anew; 3 steps are lost", None),
     ],
 )
 def test_a_signal_saves_what_is_done(two_seeds, where, call, signals, message, saved, tmp_path, monkeypatch, capfd):
     config, whole = two_seeds
-    calls, original = [], getattr(Trainer, where)
+    calls, original = [], getattr(*where)
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -283,7 +284,7 @@ def test_a_signal_saves_what_is_done(two_seeds, where, call, signals, message, s
         return original(*arguments)
 
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    monkeypatch.setattr(Trainer, where, interrupted)
+    monkeypatch.setattr(*where, interrupted)
     with pytest.raises(Interrupted, match=f"^{message}$") as caught:
         run(config, {"seed": (0, 1)}, tmp_path / "out", QUIET)
     assert caught.value.signal == signals[0]
@@ -512,7 +513,7 @@ def test_a_loss_that_is_not_finite_before_the_first_step_stops_the_run(members, 
 def test_a_first_batch_whose_loss_is_not_finite_stops_the_run(members, model_folder, tmp_path, monkeypatch):
     """As where a token is in the training data alone."""
     fine = Losses(np.ones(1), {})
-    monkeypatch.setattr(sys.modules["balora_jax.training.run"], "evaluate_loss", lambda *arguments, **options: fine)
+    monkeypatch.setattr(evaluations, "evaluate_loss", lambda *arguments, **options: fine)
     model = with_weight(model_folder, tmp_path / "nan", UP, np.inf)
     with pytest.raises(
         ConfigError, match=f"lora: the loss of the first batch must be finite .*; the weight {UP} holds"

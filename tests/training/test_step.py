@@ -14,8 +14,10 @@ from balora_jax import balancing_gap, find_pairs
 from balora_jax.adapters import add_adapters, iter_adapters
 from balora_jax.models.weights import load_decoder
 from balora_jax.pairs import read_pairs
-from balora_jax.training.config import NUMERIC_FIELDS, Config, get_field, with_field
-from balora_jax.training.run import load_data
+from balora_jax.training import Config
+from balora_jax.training.config import NUMERIC_FIELDS
+from balora_jax.training.fields import get_field, with_field
+from balora_jax.training.loading import load_data
 from balora_jax.training.step import Program, named_key, token_losses
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -1,0 +1,166 @@
+"""What a config must hold: the right types, values that can be run, and a method that takes them."""
+
+import dataclasses
+import math
+import types
+from dataclasses import is_dataclass
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+
+from balora_jax.errors import ConfigError, shown_value
+from balora_jax.settings import Config, OptimizerSettings
+from balora_jax.training.fields import field_names, field_types, get_field, hints
+
+if TYPE_CHECKING:
+    from balora_jax.methods import Method
+
+_LARGEST_COUNT = 2**31 - 1  # as steps and places are 32-bit integers on a device
+_SEEDS = "seed", "data.seed"
+
+
+def check(config: Config) -> None:
+    """Raises `ConfigError` if a field has the wrong type or a value that cannot be run."""
+    check_types(config)
+    if not config.name.isprintable() or "/" in config.name or config.name in ("", ".", ".."):
+        raise ConfigError(f"name must do as that of a folder, got {shown_value(config.name)}")
+    for name in ("training.steps", "training.batch_size", "training.accumulate", "training.eval_every",
+                 "training.eval_batch_size", "training.checkpoint_every", "training.keep_checkpoints",
+                 "training.log_every", "adapter.rank", "balance.every", "data.length"):  # fmt: skip
+        if get_field(config, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, got {get_field(config, name)}")
+    for name in (
+        "optimizer.learning_rate",
+        "optimizer.weight_decay",
+        "optimizer.eps",
+        "optimizer.warmup_steps",
+        "balance.start_step",
+    ):
+        if not 0 <= get_field(config, name) < math.inf:
+            raise ConfigError(f"{name} must be at least 0 and finite, got {get_field(config, name)}")
+    for name in ("optimizer.b1", "optimizer.b2", "adapter.dropout"):
+        if not 0 <= get_field(config, name) < 1:
+            raise ConfigError(f"{name} must be at least 0 and below 1, got {get_field(config, name)}")
+    if not 0 <= config.balance.least_ratio <= 1:
+        raise ConfigError(f"balance.least_ratio must be from 0 to 1, got {config.balance.least_ratio}")
+    if config.optimizer.warmup_steps >= config.training.steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps must be below training.steps ({config.training.steps}), "
+            f"got {config.optimizer.warmup_steps}"
+        )
+    for name in ("training.members_at_once", "training.max_new_tokens", "training.patience", "data.train_examples",
+                 "data.eval_examples"):  # fmt: skip
+        if get_field(config, name) is not None and get_field(config, name) < 1:
+            raise ConfigError(f"{name} must be at least 1 or None, got {get_field(config, name)}")
+    for name, hint in field_types(Config).items():
+        if hint in (int, int | None) and name not in _SEEDS and (get_field(config, name) or 0) > _LARGEST_COUNT:
+            raise ConfigError(f"{name} must be at most {_LARGEST_COUNT:,}, got {get_field(config, name):,}")
+    if not math.isfinite(config.adapter.alpha):
+        raise ConfigError(f"adapter.alpha must be finite, got {config.adapter.alpha}")
+    if config.optimizer.clip_norm is not None and not config.optimizer.clip_norm > 0:
+        raise ConfigError(f"optimizer.clip_norm must be positive or None, got {config.optimizer.clip_norm}")
+    for name in _SEEDS:
+        if not 0 <= get_field(config, name) < 2**32:
+            raise ConfigError(f"{name} must be from 0 to 2**32 - 1, got {get_field(config, name)}")
+    _check_evaluations(config)
+    for name in ("options", "data.modules"):
+        entries = [entry[0] if name == "options" else entry for entry in get_field(config, name)]
+        if twice := [entry for entry in entries if entries.count(entry) > 1]:
+            raise ConfigError(f"{name} must name everything once, got {twice[0]!r} {entries.count(twice[0])} times")
+    for name, value in config.options:
+        if not math.isfinite(value):
+            raise ConfigError(f"options: {name} must be finite, got {value}")
+    from balora_jax.adapters import adapter_scale  # imports JAX: after the cheap mistakes
+
+    try:
+        method = method_of(config)
+        scale = adapter_scale(config.adapter.alpha, config.adapter.rank, method.scaling)
+        steps, options = config.training.steps, dict(config.options)
+        method.transformation(config.optimizer, config.balance, steps=steps, scale=scale, options=options)
+    except (ArithmeticError, ValueError) as error:
+        raise ConfigError(_full_name(config, str(error))) from None
+    for name in method.unused_settings:
+        value, default = getattr(config.optimizer, name), getattr(OptimizerSettings(), name)
+        if value != default and (name, value) != ("weight_decay", 0):
+            own = f"; its own {name} is among its options" if name in method.options else ""
+            raise ConfigError(
+                f"optimizer.{name} plays no part in {config.method} and must be left at {default}, got {value}{own}"
+            )
+
+
+def _check_evaluations(config: Config) -> None:
+    names = [settings.name for settings in config.evaluations]
+    for number, settings in enumerate(config.evaluations):
+        place = f"evaluations[{number}]"
+        if not settings.name or not settings.name.isprintable() or "/" in settings.name:
+            raise ConfigError(f"{place}.name must be a word without `/`, got {shown_value(settings.name)}")
+        if names.count(settings.name) > 1:
+            raise ConfigError(f"{place}.name must be of this one alone, got {settings.name!r} more often")
+        if settings.examples is not None and not 1 <= settings.examples <= _LARGEST_COUNT:
+            raise ConfigError(f"{place}.examples must be from 1 to {_LARGEST_COUNT:,} or None, got {settings.examples}")
+        if not 0 <= settings.seed < 2**32:
+            raise ConfigError(f"{place}.seed must be from 0 to 2**32 - 1, got {settings.seed}")
+
+
+def method_of(config: Config) -> "Method":
+    """Returns the method of a config; raises `ConfigError` if there is none of the name."""
+    from balora_jax.methods import get_method  # imports JAX: after the cheap mistakes
+
+    return get_method(config.method)
+
+
+def _full_name(config: Config, message: str) -> str:
+    """A method's message about one of its arguments, with the name that this has in a config."""
+    name = message.split(" ", 1)[0]
+    if name in dict(config.options):
+        return f"options: {message}"
+    part = next((part for part in ("optimizer", "balance") if f"{part}.{name}" in field_names()), None)
+    return f"{part}.{message}" if part else message
+
+
+def check_types(value: Any, prefix: str = "") -> None:
+    """Raises `ConfigError` if a field of a config, or of a part of one, has the wrong type or a number of no machine.
+
+    Args:
+        value: the config, or the part.
+        prefix: of the names of its fields in messages.
+    """
+    own = hints(value.__class__)
+    for item in dataclasses.fields(value):
+        name, hint, content = f"{prefix}{item.name}", own[item.name], getattr(value, item.name)
+        if not _has_type(content, hint):
+            shown = getattr(hint, "__name__", None) if get_origin(hint) is None else None
+            raise ConfigError(
+                f"{name} must be of type {shown or str(hint).replace('typing.', '')}, got {shown_value(content)}"
+            )
+        if not _has_size(content):
+            raise ConfigError(f"{name} must be within 2**63, or 2**128 if it has a point, got {shown_value(content)}")
+        parts = enumerate(content) if isinstance(content, tuple) else ()
+        for where, part in ((name, content), *((f"{name}[{at}]", part) for at, part in parts)):
+            if is_dataclass(part):
+                check_types(part, f"{where}.")
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_has_type(value, arg) for arg in args)
+    if origin is Literal:
+        return isinstance(value, str) and value in args
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        hints = args[:1] * len(value) if args[-1] is ... else args
+        return len(value) == len(hints) and all(map(_has_type, value, hints))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _has_size(value: Any) -> bool:
+    """Whether numbers are of a size that arrays can hold; what must be finite is told where it must be positive too."""
+    if isinstance(value, tuple):
+        return all(map(_has_size, value))
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return not isinstance(value, float) or abs(value) < 2.0**128 or not math.isfinite(value)

@@ -1,0 +1,202 @@
+"""Training of one population: its steps, its checkpoints, and where it goes on after an interruption."""
+
+import signal
+import time
+from collections.abc import Callable, Mapping
+
+import grain
+import jax
+import numpy as np
+from rich.console import Console
+
+from balora_jax.data.batches import Arrays, batches
+from balora_jax.training.checkpoints import Checkpoints
+from balora_jax.training.evaluation import Losses
+from balora_jax.training.evaluations import OWN, Evaluations, median, number
+from balora_jax.training.interruption import Interrupted, Interruptions
+from balora_jax.training.loading import load_data
+from balora_jax.training.memory import memory_limit, shown, step_memory
+from balora_jax.training.populations import Members
+from balora_jax.training.progress import TrainingProgress, phase
+from balora_jax.training.records import RunDirectory, RunError
+from balora_jax.training.step import Program, TrainState
+from balora_jax.transform import check_projection, projection_states
+
+
+class Trainer:
+    """Training of one population."""
+
+    def __init__(self, name: str, members: Members, program: Program, directory: RunDirectory, console: Console):
+        self._name, self._members, self._program = name, members, program
+        self._directory, self._console = directory, console
+        self._config = next(iter(members.values()))
+        self._train_rows, _, notes = load_data(self._config.data, self._config.model.path)
+        self._evaluations = Evaluations(name, members, program, directory)
+        for note in (*notes["training"], *self._evaluations.notes):
+            console.print(f"{name}: {note}", markup=False, highlight=False, soft_wrap=True)
+        seeds = sorted({member.seed for member in members.values()})
+        self._iterators = {seed: self._batches(seed) for seed in seeds}
+        self._done = self._saved = 0  # steps
+
+    def train(self) -> None:
+        """Trains to the last step, from the latest checkpoint if there is one, and records the results.
+
+        Raises:
+            Interrupted: a signal came; between two steps, what has been done is saved first.
+        """
+        settings = self._config.training
+        checkpoints = Checkpoints(self._directory.path / "checkpoints" / self._name, keep=settings.keep_checkpoints)
+        try:
+            with phase(self._console, f"{self._name}: starting the adapters"):
+                state = self._resume(checkpoints)
+            with TrainingProgress(self._console, self._name, settings.steps, self._done) as progress:
+                if self._evaluations.are_missing(self._done):  # the first, or one that a signal has broken off
+                    state = self._recorded(state, self._evaluations.losses(state, self._done, progress), progress)
+                if not self._has_ended(state):
+                    state = self._steps(state, checkpoints, progress)
+                self._evaluations.record_results(state, self._done, progress)
+        except KeyboardInterrupt as interruption:
+            raise Interrupted(self._what_is_left(), getattr(interruption, "signal", signal.SIGINT)) from None
+        finally:
+            checkpoints.close()
+
+    def _what_is_left(self) -> str:
+        """Says from where a run that stops now goes on."""
+        where = f"goes on from step {self._saved} of {self._name}" if self._saved else f"begins {self._name} anew"
+        lost = self._done - self._saved
+        return f"the same command {where}" + (f"; {lost} steps are lost" if lost else "")
+
+    def _has_ended(self, state: TrainState) -> bool:
+        """Whether there is no step left, or patience has run out for every member that has not diverged."""
+        if self._done == self._config.training.steps:
+            return True
+        return self._config.training.patience is not None and not np.asarray(state.changes).any()
+
+    def _recorded(self, state: TrainState, losses: Mapping[str, Losses], progress: TrainingProgress) -> TrainState:
+        """Records an evaluation, of which the state knows then."""
+        self._evaluations.record(losses, state, self._done)
+        state = self._program.after_evaluation(state, losses[OWN].total)
+        training = self._config.training
+        if self._has_ended(state) and self._done < training.steps:
+            last = f"the last {training.patience} evaluations" if training.patience != 1 else "the last evaluation"
+            progress.note(f"ends at step {self._done}: no run was better in {last} (training.patience)")
+        return state
+
+    def _resume(self, checkpoints: Checkpoints) -> TrainState:
+        """The state of the latest checkpoint, or the first one; the record is that of its step."""
+        state = self._program.initial_state(list(self._members.values()), self._gradient_batches())
+        step = checkpoints.latest_step()
+        if step is None:
+            recorded = self._directory.of("checkpoint", population=self._name)
+            if recorded:
+                raise RunError(
+                    f"the record tells of a checkpoint of {self._name} at step {recorded[-1]['step']}, but there is "
+                    f"none in {self._directory.path / 'checkpoints' / self._name}; put it back, or delete the run "
+                    f"directory to start again"
+                )
+            self._directory.rewind(self._name, -1)
+            return state
+        self._directory.check_complete(self._name, self._members, self._config.training, checkpoint=step)
+        state, place = checkpoints.restore(step, state)
+        for seed, iterator in self._iterators.items():
+            iterator.set_state(place[str(seed)])
+        self._directory.rewind(self._name, step)
+        self._done = self._saved = step
+        self._console.print(f"{self._name}: going on from step {step}", markup=False)
+        return state
+
+    def _steps(self, state, checkpoints: Checkpoints, progress: TrainingProgress) -> TrainState:
+        settings = self._config.training
+        waiting: list[tuple[int, dict, float]] = []
+        compiled_step, first = None, self._done + 1
+        with Interruptions() as interruptions:
+            for step in range(self._done + 1, settings.steps + 1):
+                batch = self._next_batch()
+                compiled_step = compiled_step or self._compiled_step(state, batch, progress)
+                start = time.perf_counter()
+                state, metrics = compiled_step(state, self._program.base, batch)
+                jax.block_until_ready(state.step)
+                seconds = time.perf_counter() - start
+                progress.update(step, median(metrics["loss"]), int((batch["segment_ids"] > 0).sum()))
+                if step == 1:
+                    self._evaluations.check_start(metrics["loss"], "loss of the first batch")
+                waiting.append((step, metrics, seconds if step > first else float("nan")))
+                self._done = step
+                stopping = interruptions.received is not None
+                evaluating = self._evaluations.are_due(step) and not stopping
+                saving = step == settings.steps or step % settings.checkpoint_every == 0
+                if evaluating or saving or stopping or step % settings.log_every == 0:
+                    self._record_steps(waiting)
+                    self._check_balance(state)
+                    waiting = []
+                if evaluating:
+                    with interruptions.at_once():
+                        losses = self._evaluations.losses(state, step, progress)
+                    if interruptions.received is None:
+                        state = self._recorded(state, losses, progress)
+                ended = evaluating and self._has_ended(state)
+                if saving or ended or interruptions.received is not None:
+                    self._save(checkpoints, state)
+                if interruptions.received is not None:
+                    raise Interrupted(signal=interruptions.received)
+                if ended:
+                    break
+        return state
+
+    def _save(self, checkpoints: Checkpoints, state: TrainState) -> None:
+        place = {str(seed): iterator.get_state() for seed, iterator in self._iterators.items()}
+        checkpoints.save(self._done, state, place)
+        self._directory.append([{"kind": "checkpoint", "population": self._name, "step": self._done}])
+        self._saved = self._done
+
+    def _compiled_step(self, state: TrainState, batch: Arrays, progress: TrainingProgress) -> Callable:
+        """The step, compiled before the first, so that its time and its memory can be told."""
+        with progress.phase("compiling the step") as say:
+            compiled = self._program.step.lower(state, self._program.base, batch).compile()
+            memory = step_memory(compiled)
+            if memory is not None:
+                say(f"a step needs {shown(memory.peak)} of {shown(memory_limit())}")
+        return compiled
+
+    def _record_steps(self, waiting: list[tuple[int, dict, float]]) -> None:
+        """Writes the metrics of some steps."""
+        records = []
+        for step, metrics, seconds in waiting:
+            values = {name: np.asarray(value) for name, value in metrics.items()}
+            for index, member in enumerate(self._members):
+                record = {"kind": "train", "population": self._name, "member": member, "step": step}
+                record |= {name: number(value[index]) for name, value in values.items()}
+                if index == 0 and seconds == seconds:  # the time of the population's step
+                    record["seconds"] = seconds
+                records.append(record)
+        self._directory.append(records)
+
+    def _check_balance(self, state: TrainState) -> None:
+        """Raises if the optimizer of a method undoes the balancing of its pairs."""
+        if projection_states(state.opt_state):
+            try:
+                check_projection(state.opt_state)
+            except ValueError as error:
+                raise RunError(f"{self._name}: {error}") from error
+
+    def _gradient_batches(self) -> dict[int, Arrays]:
+        """The first rows that each seed's start from gradients sees, `(batches, rows, length)`."""
+        count, rows = self._program.gradient_batches
+        found = {}
+        for seed in self._iterators if count else ():
+            iterator = batches(self._train_rows, batch_size=rows, seed=seed)
+            drawn = [next(iterator) for _ in range(count)]
+            found[seed] = {name: np.stack([batch[name] for batch in drawn]) for name in drawn[0]}
+        return found
+
+    def _batches(self, seed: int) -> grain.DatasetIterator:
+        settings = self._config.training
+        return batches(self._train_rows, batch_size=settings.batch_size * settings.accumulate, seed=seed)
+
+    def _next_batch(self) -> Arrays:
+        """Arrays `(members, accumulate, rows, length)`; members of one seed see the same rows."""
+        settings = self._config.training
+        by_seed = {seed: next(iterator) for seed, iterator in self._iterators.items()}
+        rows = [by_seed[member.seed] for member in self._members.values()]
+        shape = (len(rows), settings.accumulate, settings.batch_size, -1)
+        return {name: np.stack([row[name] for row in rows]).reshape(shape) for name in rows[0]}
