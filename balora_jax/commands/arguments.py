@@ -18,6 +18,9 @@ from balora_jax.training.fields import field_names, get_field, suggestion, with_
 
 T = TypeVar("T")
 
+_OF_FILES = ("evaluations",)
+"""Fields without a flag."""
+
 
 def parse(kind: type[T], arguments: list[str], *, prog: str, **options: Any) -> T:
     """Lets tyro parse flags; its boxed message becomes one line.
@@ -126,6 +129,8 @@ def apply_overrides(
     for argument, following in itertools.pairwise([*arguments, "--"]):
         if argument.startswith("--") and argument not in ("--help",):
             name = argument[2:].split("=", 1)[0].replace("-", "_")
+            if name.split(".")[0] in _OF_FILES:
+                raise ConfigError(f"{name.split('.')[0]} is set in the config file, and has no flag")
             negated = ".".join([*name.split(".")[:-1], name.split(".")[-1].removeprefix("no_")])
             if name not in known and negated not in known:
                 raise ConfigError(f"there is no field {name}{suggestion(name)}")

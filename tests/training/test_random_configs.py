@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 
 from balora_jax.methods import METHODS
 from balora_jax.training import Config, ConfigError
-from balora_jax.training.config import _types, expand
-from balora_jax.training.fields import get_field, with_fields
-from balora_jax.training.trained import _built
+from balora_jax.training.config import expand
+from balora_jax.training.fields import field_types, from_json, get_field, hints, with_fields
 
 BASE = Config(name="test")
-FIELDS = _types(Config)
+FIELDS = field_types(Config)
 
 ODD_NUMBERS = [0, -1, 1, 2, 1.0, -0.0, 0.5, 2**31 - 1, 2**31, 2**32, 2**63, -(2**63), 10**400, 10**5000]
 ODD_NUMBERS += [1e-320, 1e38, 1e39, 1e300, float("nan"), float("inf"), -float("inf"), 3 + 0j, True]
@@ -45,6 +44,8 @@ def fitting(hint):
         return st.lists(fitting(args[0]), max_size=3).map(tuple)
     if origin is tuple:
         return st.tuples(*map(fitting, args))
+    if dataclasses.is_dataclass(hint):
+        return st.builds(hint, **{name: fitting(kind) for name, kind in hints(hint).items()})
     return {
         int: st.integers(-3, 200) | st.integers(),
         float: st.floats(0, 1) | st.floats(),
@@ -77,7 +78,7 @@ def check(values):
         return
     assert {name: get_field(config, name) for name in values} == values
     assert Path(config.name).name == config.name
-    assert _built(Config, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert from_json(Config, json.loads(json.dumps(dataclasses.asdict(config)))) == config
     assert hash(config) == hash(dataclasses.replace(config))
 
 
