@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
 import logging
 import os
 import shutil
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from balora_jax.training.records import RunError
@@ -22,7 +21,7 @@ _ROOM, _ROOM_PER_ARRAY = 2**17, 2**10
 class Checkpoints:
     """The checkpoints of one population.
 
-    A checkpoint appears as a whole or not at all, and carries a digest of its arrays, so that a damaged one is noticed.
+    A checkpoint appears as a whole or not at all, and carries checksums of its arrays, so that damage is noticed.
     """
 
     def __init__(self, path: Path, *, keep: int | None):
@@ -33,11 +32,12 @@ class Checkpoints:
             keep: number of latest checkpoints to keep; None to read alone, which leaves the folder as it is.
         """
         self._path = path.resolve()
+        self._step: int | None = None  # of what is being written
         for name in ("absl", "asyncio"):  # which repeat what is raised
             logging.getLogger(name).setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            enable_async_checkpointing=False,
+            enable_async_checkpointing=keep is not None,
             cleanup_tmp_directories=keep is not None,
             read_only=keep is None,
         )
@@ -49,27 +49,39 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, data: dict) -> None:
-        """Writes a checkpoint and waits until it is on disk.
+        """Begins to write a checkpoint, of a copy of the state, and returns; `wait` says when it is on disk.
 
         Args:
             step: its number.
-            state: a pytree of arrays.
+            state: a pytree of arrays, which may be donated afterwards.
             data: JSON-like, the place in the data.
 
         Raises:
-            RunError: it cannot be written.
+            RunError: it cannot be written, or the one before it could not.
         """
-        meta = {"data": data, "digest": _digest(state)}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        try:
+        self.wait()
+        self._step = step
+        with self._unwritten():
             self._check_room(state)  # as orbax's threads, when they find none, have much to say
+            state = jax.tree.map(jnp.copy, state)
+            meta = {"data": data, "checksum": _checksum(state)}
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
             self._manager.save(step, args=args)
-            self._manager.wait_until_finished()
-        except Exception as error:  # of many types, from several libraries
-            raise RunError(
-                f"cannot write the checkpoint {self._path / str(step)} ({_reason(error)}); once that is mended, the "
-                f"same command goes on from the checkpoint before it"
-            ) from error
+
+    def wait(self) -> int | None:
+        """Waits until all that was saved is on disk.
+
+        Returns:
+            The step of the checkpoint that is there since the last call; None if there is no new one.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        step, self._step = self._step, None
+        if step is not None:
+            with self._unwritten(step):
+                self._manager.wait_until_finished()
+        return step
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict]:
         """Reads a checkpoint.
@@ -88,13 +100,24 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
         with self._explained(step):
             restored = self._manager.restore(step, args=args)
-            if _digest(restored.state) != restored.meta["digest"]:
+            if _checksum(restored.state) != restored.meta["checksum"]:
                 raise ValueError("its arrays are not those that were saved")
         return restored.state, restored.meta["data"]
 
     def close(self) -> None:
-        """Releases the folder."""
+        """Releases the folder, when what was saved is on disk."""
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _unwritten(self, step: int | None = None):
+        try:
+            yield
+        except Exception as error:  # of many types, from several libraries
+            step = self._step if step is None else step
+            raise RunError(
+                f"cannot write the checkpoint {self._path / str(step)} ({_reason(error)}); once that is mended, the "
+                f"same command goes on from the checkpoint before it"
+            ) from error
 
     def _check_room(self, state: Any) -> None:
         """Raises if the disk cannot hold the state's arrays, twice while they are put together, and orbax's files."""
@@ -123,13 +146,23 @@ def _reason(error: Exception) -> str:
     return full if full in str(error) else (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _digest(state: Any) -> str:
-    """A hash of all arrays of a state."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(state):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        array = np.ascontiguousarray(jax.device_get(leaf))
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+def _checksum(state: Any) -> list[int]:
+    """A number for each array of a state, reckoned where the array is, however it is sharded."""
+    return [int(number) for number in jax.device_get(_checksums(jax.tree.leaves(state)))]
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_weighted_sum(leaf) for leaf in leaves]
+
+
+def _weighted_sum(leaf: jax.Array) -> jax.Array:
+    """The bytes of an array, each times an odd number that depends on its place, summed modulo 2**32."""
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    places = jnp.arange(leaf.size, dtype=jnp.uint32).reshape(leaf.shape)
+    parts = jax.lax.bitcast_convert_type(leaf, jnp.uint8).reshape(*leaf.shape, -1)
+    weights = (places[..., None] * parts.shape[-1] + jnp.arange(parts.shape[-1], dtype=jnp.uint32)) * 2 + 1
+    return (parts.astype(jnp.uint32) * weights).sum(dtype=jnp.uint32)

@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import grain
 import jax
@@ -101,34 +102,36 @@ class Trainer:
         for seed, iterator in self._iterators.items():
             iterator.set_state(place[str(seed)])
         self._directory.rewind(self._name, step)
+        if not self._directory.of(
+            "checkpoint", population=self._name, step=step
+        ):  # which was on disk before its record
+            self._record_checkpoint(step)
         self._done = self._saved = step
         self._console.print(f"{self._name}: going on from step {step}", markup=False)
         return state
 
     def _steps(self, state, checkpoints: Checkpoints, progress: TrainingProgress) -> TrainState:
+        """Trains to the end. The device works on a step while the host prepares the next and shows the last."""
         settings = self._config.training
-        waiting: list[tuple[int, dict, float]] = []
-        compiled_step, first = None, self._done + 1
+        compiled_step, steps = None, _Steps(progress)
         with Interruptions() as interruptions:
             for step in range(self._done + 1, settings.steps + 1):
                 batch = self._next_batch()
                 compiled_step = compiled_step or self._compiled_step(state, batch, progress)
                 start = time.perf_counter()
                 state, metrics = compiled_step(state, self._program.base, batch)
-                jax.block_until_ready(state.step)
-                seconds = time.perf_counter() - start
-                progress.update(step, median(metrics["loss"]), int((batch["segment_ids"] > 0).sum()))
+                steps.begun(step, metrics, start=start, tokens=int((batch["segment_ids"] > 0).sum()))
                 if step == 1:
                     self._evaluations.check_start(metrics["loss"], "loss of the first batch")
-                waiting.append((step, metrics, seconds if step > first else float("nan")))
                 self._done = step
                 stopping = interruptions.received is not None
                 evaluating = self._evaluations.are_due(step) and not stopping
                 saving = step == settings.steps or step % settings.checkpoint_every == 0
-                if evaluating or saving or stopping or step % settings.log_every == 0:
-                    self._record_steps(waiting)
+                if evaluating or saving or stopping:
+                    self._record_steps(steps.all())
                     self._check_balance(state)
-                    waiting = []
+                elif step % settings.log_every == 0:
+                    self._record_steps(steps.done())
                 if evaluating:
                     with interruptions.at_once():
                         losses = self._evaluations.losses(state, step, progress)
@@ -138,16 +141,23 @@ class Trainer:
                 if saving or ended or interruptions.received is not None:
                     self._save(checkpoints, state)
                 if interruptions.received is not None:
+                    self._record_checkpoint(checkpoints.wait())
                     raise Interrupted(signal=interruptions.received)
                 if ended:
                     break
+        self._record_checkpoint(checkpoints.wait())
         return state
 
     def _save(self, checkpoints: Checkpoints, state: TrainState) -> None:
+        """Begins to write a checkpoint; that it is there is recorded when it is."""
+        self._record_checkpoint(checkpoints.wait())
         place = {str(seed): iterator.get_state() for seed, iterator in self._iterators.items()}
         checkpoints.save(self._done, state, place)
-        self._directory.append([{"kind": "checkpoint", "population": self._name, "step": self._done}])
-        self._saved = self._done
+
+    def _record_checkpoint(self, step: int | None) -> None:
+        if step is not None:
+            self._directory.append([{"kind": "checkpoint", "population": self._name, "step": step}])
+            self._saved = step
 
     def _compiled_step(self, state: TrainState, batch: Arrays, progress: TrainingProgress) -> Callable:
         """The step, compiled before the first, so that its time and its memory can be told."""
@@ -158,16 +168,16 @@ class Trainer:
                 say(f"a step needs {shown(memory.peak)} of {shown(memory_limit())}")
         return compiled
 
-    def _record_steps(self, waiting: list[tuple[int, dict, float]]) -> None:
+    def _record_steps(self, steps: "list[_Step]") -> None:
         """Writes the metrics of some steps."""
         records = []
-        for step, metrics, seconds in waiting:
-            values = {name: np.asarray(value) for name, value in metrics.items()}
+        for step in steps:
+            values = {name: np.asarray(value) for name, value in jax.device_get(step.metrics).items()}
             for index, member in enumerate(self._members):
-                record = {"kind": "train", "population": self._name, "member": member, "step": step}
+                record = {"kind": "train", "population": self._name, "member": member, "step": step.number}
                 record |= {name: number(value[index]) for name, value in values.items()}
-                if index == 0 and seconds == seconds:  # the time of the population's step
-                    record["seconds"] = seconds
+                if index == 0 and step.seconds is not None:  # the time of the population's step
+                    record["seconds"] = step.seconds
                 records.append(record)
         self._directory.append(records)
 
@@ -200,3 +210,51 @@ class Trainer:
         rows = [by_seed[member.seed] for member in self._members.values()]
         shape = (len(rows), settings.accumulate, settings.batch_size, -1)
         return {name: np.stack([row[name] for row in rows]).reshape(shape) for name in rows[0]}
+
+
+@dataclass
+class _Step:
+    """A step that was handed to the device, and the time that it took."""
+
+    number: int
+    metrics: dict[str, jax.Array]
+    tokens: int
+    start: float
+    seconds: float | None = None
+
+
+class _Steps:
+    """Steps that are not recorded yet. While the device works on one, the one before it is shown."""
+
+    def __init__(self, progress: TrainingProgress):
+        self._progress = progress
+        self._running: _Step | None = None
+        self._done: list[_Step] = []
+        self._is_first = True
+
+    def begun(self, number: int, metrics: dict[str, jax.Array], *, start: float, tokens: int) -> None:
+        """Takes a step that was just handed to the device, and waits for the one before it."""
+        before, self._running = self._running, _Step(number, metrics, tokens, start)
+        if before is not None:
+            self._finish(before)
+            self._running.start = time.perf_counter()
+
+    def done(self) -> list[_Step]:
+        """Returns the steps that are done, but for those that were returned before."""
+        done, self._done = self._done, []
+        return done
+
+    def all(self) -> list[_Step]:
+        """As `done`, after it has waited for the one that is not."""
+        if self._running is not None:
+            self._finish(self._running)
+            self._running = None
+        return self.done()
+
+    def _finish(self, step: _Step) -> None:
+        loss = median(step.metrics["loss"])  # waits for it
+        if not self._is_first:  # which takes longer
+            step.seconds = time.perf_counter() - step.start
+        self._is_first = False
+        self._progress.update(step.number, loss, step.tokens)
+        self._done.append(step)

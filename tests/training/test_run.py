@@ -37,7 +37,9 @@ def records(folder):
 
 
 def without_time(lines):
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    """Also without the places of checkpoints, which are recorded when they are on disk."""
+    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return sorted(lines, key=lambda line: line["kind"] == "checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +386,7 @@ def damage_one_file_missing(folder):
 def damage_meta(folder):
     file = folder / "checkpoints" / "balora" / "4" / "meta" / "metadata"
     meta = json.loads(file.read_text())
-    file.write_text(json.dumps({**meta, "digest": "0" * 64}))
+    file.write_text(json.dumps({**meta, "checksum": [0] * len(meta["checksum"])}))
 
 
 def damage_config(folder):
