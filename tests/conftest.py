@@ -1,14 +1,18 @@
-"""What all tests share: compiled programs are kept for the length of a session, also across processes."""
+"""What all tests share: quick compilation, and compiled programs that are kept for the length of a session."""
 
 import gc
 import os
 import tempfile
 
-# Many tests compile the same small programs. The variables are read when jax is imported, here and in subprocesses.
+import compilation
+
+# The variables are read when jax is imported, here and in subprocesses. Many tests compile the same small programs.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="balora-jax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+os.environ.setdefault("XLA_FLAGS", compilation.FLAGS)
 
 # As `balora-jax` does. Two processes of tests on two cores would wait for each other's threads otherwise.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -18,8 +18,6 @@ from balora_jax.training.config import NUMERIC_FIELDS, Config, get_field, with_f
 from balora_jax.training.run import load_data
 from balora_jax.training.step import Program, named_key, token_losses
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def batch_of(config, rows, micro=1):
     """The first rows of the training data, `(accumulate, rows, length)`."""
