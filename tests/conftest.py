@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+from pathlib import Path
 
 import compilation
 
@@ -22,6 +23,27 @@ import pymanopt.manifolds  # noqa: F401
 import pytest
 
 jax.config.update("jax_enable_x64", False)  # importing pymanopt turns it on, for all tests of the process
+
+
+SLOW = Path(__file__).with_name("slow.txt")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="of each table of tests its first row, and none of slow.txt")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what is not quick, if that is asked for."""
+    if not config.getoption("--quick"):
+        return
+    done = set(SLOW.read_text().splitlines())
+    kept, left_out = [], []
+    for item in items:
+        table = item.nodeid.partition("[")[0]
+        (left_out if table in done else kept).append(item)
+        done.add(table)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="module", autouse=True)
