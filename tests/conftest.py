@@ -1,14 +1,19 @@
-"""What all tests share: compiled programs are kept for the length of a session, also across processes."""
+"""What all tests share: quick compilation, and compiled programs that are kept for the length of a session."""
 
 import gc
 import os
 import tempfile
+from pathlib import Path
 
-# Many tests compile the same small programs. The variables are read when jax is imported, here and in subprocesses.
+import compilation
+
+# The variables are read when jax is imported, here and in subprocesses. Many tests compile the same small programs.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="balora-jax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+os.environ.setdefault("XLA_FLAGS", compilation.FLAGS)
 
 # As `balora-jax` does. Two processes of tests on two cores would wait for each other's threads otherwise.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -18,6 +23,27 @@ import pymanopt.manifolds  # noqa: F401
 import pytest
 
 jax.config.update("jax_enable_x64", False)  # importing pymanopt turns it on, for all tests of the process
+
+
+SLOW = Path(__file__).with_name("slow.txt")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="of each table of tests its first row, and none of slow.txt")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what is not quick, if that is asked for."""
+    if not config.getoption("--quick"):
+        return
+    done = set(SLOW.read_text().splitlines())
+    kept, left_out = [], []
+    for item in items:
+        table = item.nodeid.partition("[")[0]
+        (left_out if table in done else kept).append(item)
+        done.add(table)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,7 +1,5 @@
 import functools
 import itertools
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,7 @@ from oracles import (
     same_bits,
     symmetric_pair,
 )
+from processes import run_alone
 
 from balora_jax import GAUGES, balance, balance_pair, balancing_gap
 from balora_jax.stacks import _balanced, _balanced_redundant
@@ -442,6 +441,5 @@ for step in (jax.jit(lambda pairs: [f(*pair) for pair in pairs]) for f in (proje
         balanced = jax.block_until_ready(step(pairs))
     print(max(float(balancing_gap(*pair).max()) for pair in balanced))
 """
-    finished = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    assert max(map(float, finished.stdout.split())) < 1e-5
+    printed = run_alone(code, timeout=120)
+    assert max(map(float, printed.split())) < 1e-5

@@ -17,10 +17,8 @@ RECORD = json.loads((FOLDER / "optimizers.json").read_text())["results"]
 
 @pytest.fixture(scope="module")
 def study():
-    """The script of the study, and its programs compiled quickly."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield runpy.run_path(str(FOLDER / "optimizers.py"))
-    jax.config.update("jax_disable_most_optimizations", False)
+    """The script of the study."""
+    return runpy.run_path(str(FOLDER / "optimizers.py"))
 
 
 def test_every_optimizer_is_recorded_and_the_table_is_that_of_the_record(study):

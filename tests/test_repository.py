@@ -51,14 +51,6 @@ def tiny_qwen(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def quick_compilation():
-    """For programs that run twice: to compile them is most of the work."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def published_files(recipe, folder):
     """Some rows of a published data set; the text files of DeepMind Mathematics."""
     if recipe != "dm_mathematics":
@@ -79,7 +71,6 @@ def test_config_runs_when_shrunk(file, tmp_path, request, monkeypatch):
     flags = SHRINK.split()
     if config.model.path != "school-math":
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-        request.getfixturevalue("quick_compilation")
         _, picked = apply_overrides(config, sweep, ["--method", "balora"])
         recipe = expand(config, picked)[-1].data.recipe
         files = published_files(recipe, tmp_path)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilation import OPTIMIZED
 from oracles import gap, hyper_balanced
 from processes import run_alone
 
@@ -307,7 +308,7 @@ def test_pairs_of_all_shapes_at_once_are_as_each_alone():
 
 def compiled_update(params):
     tx = balora_project()
-    return jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params), params).compile()
+    return jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params), params).compile(OPTIMIZED)
 
 
 @pytest.mark.parametrize("leading", [(), (6,)], ids=["single", "stacked"])
@@ -368,12 +369,13 @@ def test_three_groups_in_a_users_program_do_not_deadlock():
         mapped = jax.jit(lambda factors: [jax.vmap(balance)(*pair) for pair in factors])
         for _ in range(20):
             factors = jax.block_until_ready(mapped(step(factors)))
-        """
+        """,
+        optimized=True,
     )
 
 
-@pytest.mark.parametrize(("rank", "steps"), [(96, 200), (128, 60)])
-def test_many_steps_of_eight_shapes_do_not_deadlock(rank, steps):
+@pytest.mark.parametrize(("rank", "steps", "optimized"), [(96, 200, True), (128, 60, False)])
+def test_many_steps_of_eight_shapes_do_not_deadlock(rank, steps, optimized):
     run_alone(
         f"""
         import jax, jax.numpy as jnp, optax
@@ -396,7 +398,8 @@ def test_many_steps_of_eight_shapes_do_not_deadlock(rank, steps):
             params, state = step(params, state, jax.random.fold_in(key, i))
         assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(params))
         assert int(state.projection.nonfinite) == int(state.projection.untouched) == 0
-        """
+        """,
+        optimized=optimized,
     )
 
 

@@ -364,7 +364,7 @@ def test_numbers_that_are_not_finite_are_said(model_folder, config_file, fails, 
 def test_lapack_is_told_of_one_thread_before_it_is_loaded():
     run_alone(
         """
-        import sys
+        import os, sys
         from balora_jax.cli import main
         os.environ.pop("OPENBLAS_NUM_THREADS", None)
         assert main(["--help"]) == 0

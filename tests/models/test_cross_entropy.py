@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilation import OPTIMIZED
 from decoder_reference import CONFIGS, random_decoder
 from flax import nnx
 
@@ -106,7 +107,7 @@ def test_memory_is_that_of_a_piece(tied):
         def loss(hidden, parameters, labels):
             return function(nnx.merge(graph, parameters, copy=True), hidden, labels).sum()
 
-        program = jax.jit(jax.grad(loss)).lower(hidden, parameters, labels).compile()
+        program = jax.jit(jax.grad(loss)).lower(hidden, parameters, labels).compile(OPTIMIZED)
         return program.memory_analysis().temp_size_in_bytes
 
     logits = 4 * rows * length * vocab

@@ -261,7 +261,6 @@ def test_rows_and_vocabulary_may_be_sharded():
         from balora_jax.models import Decoder, DecoderConfig
         from balora_jax.training.step import token_losses
 
-        jax.config.update("jax_disable_most_optimizations", True)  # to compile is most of the work
         tokens = np.random.default_rng(0).integers(0, 20, (4, 9))
         ones = np.ones_like(tokens)
         batch = {"tokens": tokens, "positions": np.cumsum(ones, 1) - 1, "segment_ids": ones, "loss_mask": ones > 0}

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import pytest
 from flax import nnx
 
@@ -21,14 +20,6 @@ TINY = DecoderConfig(
     num_key_value_heads=1,
     head_dim=8,
 )
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """For tests of many programs that each run a few times: to compile them is most of the work."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,6 @@ from balora_jax.methods import METHODS, BalanceSettings
 from balora_jax.optimizers import OptimizerSettings
 from balora_jax.trees import leaves_by_path, with_leaves
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROWS, COLUMNS, RANK, STEPS = 7, 5, 2, 2
 SETTINGS = OptimizerSettings(
     oracle.RATE, b1=oracle.B1, b2=oracle.B2, eps=oracle.EPS, weight_decay=oracle.DECAY, clip_norm=oracle.CLIP

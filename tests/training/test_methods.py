@@ -17,8 +17,6 @@ from balora_jax.training.checks import check
 from balora_jax.training.loading import load_data
 from balora_jax.training.step import Program, token_losses
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS = 3
 OPTIONS = {
     "lora_ga": (("gradient_batches", 3),),

@@ -36,9 +36,6 @@ ADAMW = OptimizerSettings(learning_rate=1e-2, b1=0.8, b2=0.95, eps=1e-6, weight_
 SGD = OptimizerSettings(learning_rate=0.2, clip_norm=None)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 @pytest.fixture(scope="module")
 def model():
     return Decoder(QWEN2, rngs=nnx.Rngs(0))

@@ -16,7 +16,6 @@ from balora_jax.training.checkpoints import Checkpoints
 from balora_jax.training.records import RunDirectory
 
 QUIET = Console(quiet=True)
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def records(folder):

@@ -20,8 +20,6 @@ from balora_jax.training.fields import get_field, with_field
 from balora_jax.training.loading import load_data
 from balora_jax.training.step import Program, named_key, token_losses
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def batch_of(config, rows, micro=1):
     """The first rows of the training data, `(accumulate, rows, length)`."""
