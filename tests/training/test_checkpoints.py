@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from balora_jax.training import RunError
-from balora_jax.training.checkpoints import Checkpoints
+from balora_jax.training.checkpoints import Checkpoints, _checksum
 
 
 def state(seed=0):
@@ -49,6 +49,27 @@ def test_every_bit_and_the_place_in_the_data_come_back(saved):
     checkpoints.close()
 
 
+def test_a_state_may_be_donated_while_it_is_written(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "lora", keep=1)
+    assert checkpoints.wait() is None
+    given = {"x": jnp.arange(1_000_000.0)}
+    checkpoints.save(1, given, {})
+    jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0)(given))
+    assert checkpoints.wait() == 1
+    assert checkpoints.wait() is None
+    found, _ = checkpoints.restore(1, {"x": jnp.zeros(1_000_000)})
+    np.testing.assert_array_equal(found["x"], np.arange(1_000_000.0))
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("change", ["one number", "two that change places"])
+def test_checksums_tell_states_apart(change):
+    before = jnp.arange(12.0).reshape(3, 4)
+    after = before.at[1, 2].add(1e-6) if change == "one number" else before[jnp.array([0, 2, 1])]
+    assert _checksum({"x": before}) != _checksum({"x": after})
+    assert _checksum({"x": before}) == _checksum({"x": jnp.array(before)})
+
+
 def test_the_latest_are_kept(saved):
     assert sorted(path.name for path in saved.iterdir()) == ["2", "3"]
 
@@ -62,12 +83,12 @@ def test_reading_alone_changes_nothing(saved):
     assert sorted(saved.rglob("*")) == before
 
 
-@pytest.mark.parametrize("damage", ["another digest", "no metadata", "no arrays", "no checkpoint"])
+@pytest.mark.parametrize("damage", ["another checksum", "no metadata", "no arrays", "no checkpoint"])
 def test_a_damaged_checkpoint_is_named(damage, saved):
     meta = saved / "3" / "meta" / "metadata"
-    if damage == "another digest":
+    if damage == "another checksum":
         text = meta.read_text()
-        meta.write_text(text.replace('"digest": "', '"digest": "0'))
+        meta.write_text(text.replace('"checksum": [', '"checksum": [1'))
         assert meta.read_text() != text
     elif damage == "no metadata":
         meta.unlink()

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from balora_jax.training import Config, ConfigError, RunError
-from balora_jax.training.config import with_fields
+from balora_jax.training import Config, ConfigError, RunError, TrainingSettings
+from balora_jax.training.fields import with_fields
 from balora_jax.training.records import RunDirectory, environment, parse_line
 
 MEMBERS = {f"lora-seed={seed}": with_fields(Config(name="x"), {"seed": seed}) for seed in (0, 1)}
@@ -96,12 +96,12 @@ def test_a_population_goes_back_to_a_step(opened):
 def test_answers_take_the_place_of_those_of_their_population(opened, folder):
     directory = opened()
     for population, text in (("lora", "1"), ("dora", "2"), ("lora", "3")):
-        directory.write_answers(population, [{"member": "m", "answer": text}])
+        directory.write_lines("answers.jsonl", population, [{"member": "m", "answer": text}])
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert [(line["population"], line["answer"]) for line in lines] == [("dora", "2"), ("lora", "3")]
     (folder / "answers.jsonl").write_text('{"population": "dora"}\n5\n')
-    with pytest.raises(RunError, match=r"answers.jsonl, line 2 is no answer .*; delete the file to go on"):
-        directory.write_answers("lora", [])
+    with pytest.raises(RunError, match=r"answers.jsonl, line 2 is none of its kind .*; delete it to go on"):
+        directory.write_lines("answers.jsonl", "lora", [])
 
 
 @pytest.mark.parametrize(
@@ -117,13 +117,14 @@ def test_a_record_that_lacks_something_or_holds_it_twice(lost, said, opened):
     (gone,) = (line for line in record if (line["kind"], line["step"], line["member"]) == (*lost, "lora-seed=1"))
     directory = opened()
 
-    def check(step=STEPS, finished=True):
-        directory.check_complete("lora", MEMBERS, step=step, eval_every=2, finished=finished)
+    def check(checkpoint=None):
+        settings = TrainingSettings(steps=STEPS, eval_every=2)
+        directory.check_complete("lora", MEMBERS, settings, checkpoint=checkpoint)
 
     directory.append([line for line in record if line is not gone])
     with pytest.raises(RunError, match=said):
         check()
-    check(step=lost[1] - 1, finished=False)
+    check(checkpoint=lost[1] - 1)
     directory.append([gone])
     check()
     directory.append([gone])

@@ -23,8 +23,6 @@ from balora_jax.training.single import Single, nothing_trained
 from balora_jax.training.trained import load_trained
 from balora_jax.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 QUIET = Console(quiet=True)
 OTHER = EvaluationSettings(
     "harder", "mathematics", modules=("arithmetic__add_or_sub",), difficulty=(2,), examples=7, seed=3
