@@ -2,25 +2,27 @@
 
 from balora_jax.bures.descent import Descent, balora_gd, riemannian_gradient_descent
 from balora_jax.bures.manifold import (
+    distance,
+    inner_product,
+    norm,
+    projection,
+    random_tangent_vector,
+    retraction,
+    riemannian_gradient,
+    riemannian_hessian,
+    transport,
+)
+from balora_jax.bures.points import (
     Ambient,
     LowRank,
     Point,
     Tangent,
     check_point,
     check_tangent,
-    distance,
     from_matrix,
-    inner_product,
-    norm,
-    projection,
     random_point,
-    random_tangent_vector,
-    retraction,
-    riemannian_gradient,
-    riemannian_hessian,
     singular_values,
     to_matrix,
-    transport,
 )
 
 __all__ = [

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from balora_jax.bures.manifold import Point, Tangent, retraction, singular_values
+from balora_jax.bures.manifold import retraction
 from balora_jax.bures.matrix_functions import balanced, solve
+from balora_jax.bures.points import Point, Tangent, singular_values
 from balora_jax.linalg import matmul
 from balora_jax.transform import Pairs, balora_project
 
