@@ -1,6 +1,8 @@
 """Riemannian geometry of the matrices of rank r under the Bures metric, in balanced pairs; see `manifold`."""
 
 from balora_jax.bures.descent import Descent, balora_gd, riemannian_gradient_descent
+from balora_jax.bures.geodesics import exp, parallel_transport, sectional_curvature
+from balora_jax.bures.logarithm import geodesic_distance, log
 from balora_jax.bures.manifold import (
     distance,
     inner_product,

@@ -33,6 +33,22 @@ def sylvester(p: jax.Array, q: jax.Array, c: jax.Array) -> jax.Array:
     return lax.custom_linear_solve(lambda x: matmul(p, x) + matmul(x, q), c, solve, symmetric=True)
 
 
+def lyapunov(g: jax.Array, c: jax.Array) -> jax.Array:
+    """Solves `G X + X G = C` for symmetric positive definite G.
+
+    Args:
+        g: `(..., r, r)`.
+        c: `(..., r, r)`, perhaps with more leading axes.
+    """
+    values, u = eigh(lax.stop_gradient(g))
+    sums = values[..., :, None] + values[..., None, :]
+
+    def solve(_, c):
+        return matmul(matmul(u, matmul(matmul(u.mT, c), u) / sums), u.mT)
+
+    return lax.custom_linear_solve(lambda x: matmul(g, x) + matmul(x, g), c, solve, symmetric=True)
+
+
 def solve(p: jax.Array, c: jax.Array) -> jax.Array:
     """Solves `P X = C` for symmetric positive definite P.
 
