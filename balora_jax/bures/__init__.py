@@ -26,20 +26,29 @@ from balora_jax.bures.points import (
     singular_values,
     to_matrix,
 )
+from balora_jax.bures.solvers import Solution, conjugate_gradient, lbfgs, steepest_descent
+from balora_jax.bures.trust_region import trust_regions
 
 __all__ = [
     "Ambient",
     "Descent",
     "LowRank",
     "Point",
+    "Solution",
     "Tangent",
     "balora_gd",
     "check_point",
     "check_tangent",
+    "conjugate_gradient",
     "distance",
+    "exp",
     "from_matrix",
+    "geodesic_distance",
     "inner_product",
+    "lbfgs",
+    "log",
     "norm",
+    "parallel_transport",
     "projection",
     "random_point",
     "random_tangent_vector",
@@ -47,7 +56,10 @@ __all__ = [
     "riemannian_gradient",
     "riemannian_gradient_descent",
     "riemannian_hessian",
+    "sectional_curvature",
     "singular_values",
+    "steepest_descent",
     "to_matrix",
     "transport",
+    "trust_regions",
 ]

@@ -77,8 +77,9 @@ def parallel_transport(point: Point, direction: Tangent, tangent: Tangent) -> Ta
 def sectional_curvature(point: Point, first: Tangent, second: Tangent) -> jax.Array:
     """The sectional curvature of the plane of two tangent vectors, `(...)`.
 
-    `(tr(S_uu G S_vv) - tr(S_uv G S_uv) + 3/4 tr(W^T G W)) / |u ^ v|^2` with `S_xy G + G S_xy = -(x^T J y + y^T J x)` and
-    `G W + W G = 2 (u^T v - v^T u)`: the equations of Gauss for the pairs, and of O'Neill for their quotient.
+    `(tr(S_uu G S_vv) - tr(S_uv G S_uv) + 3/4 tr(W^T G W)) / |u ^ v|^2`, where
+    `S_xy G + G S_xy = -(x^T J y + y^T J x)` and `G W + W G = 2 (u^T v - v^T u)`: the equations of Gauss for the pairs,
+    and of O'Neill for their quotient.
 
     Args:
         point: X.
