@@ -27,6 +27,7 @@ from balora_jax.bures.points import (
     to_matrix,
 )
 from balora_jax.bures.solvers import Solution, conjugate_gradient, lbfgs, steepest_descent
+from balora_jax.bures.transformations import RiemannianState, riemannian_adam, riemannian_sgd
 from balora_jax.bures.trust_region import trust_regions
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Descent",
     "LowRank",
     "Point",
+    "RiemannianState",
     "Solution",
     "Tangent",
     "balora_gd",
@@ -53,9 +55,11 @@ __all__ = [
     "random_point",
     "random_tangent_vector",
     "retraction",
+    "riemannian_adam",
     "riemannian_gradient",
     "riemannian_gradient_descent",
     "riemannian_hessian",
+    "riemannian_sgd",
     "sectional_curvature",
     "singular_values",
     "steepest_descent",

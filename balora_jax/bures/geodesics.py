@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from balora_jax.bures.integration import Flow, flow
+from balora_jax.bures.integration import Flow, adaptive, repeated
 from balora_jax.bures.matrix_functions import lyapunov
 from balora_jax.bures.points import Point, Tangent, balanced_point, check_direction
 from balora_jax.linalg import matmul
@@ -35,9 +36,9 @@ def exp(point: Point, tangent: Tangent) -> Point:
         ValueError: the shapes do not fit, or the pair is not balanced.
 
     Notes:
-        O((a + b) r^2), and some hundred r x r eigenvalue problems. Accurate to some roundings of the length where the
-        condition number of X is moderate; in a small singular direction to `eps sigma_1 / sigma_r`. Derivatives of
-        every order, forward and reverse.
+        O((a + b) r^2), and some hundred r x r eigenvalue problems, in float64 whatever the dtype is. Accurate to some
+        roundings of the length, or to `eps sigma_1 / sigma_r` in float64. Derivatives of every order, forward and
+        reverse.
 
     Examples:
         >>> from balora_jax import bures
@@ -140,15 +141,45 @@ def over_leading(function: Callable) -> Callable:
 
 def flown(point: Point, direction: Tangent, *carried: Tangent) -> tuple[jax.Array, ...]:
     """The factors at the end of a geodesic, and those of what is carried along, by coefficients in a basis."""
-    rank = point[0].shape[-1]
-    pairs = (point, direction, *carried)
-    basis_a, basis_b = jnp.concatenate([x for x, _ in pairs], -1), jnp.concatenate([y.mT for _, y in pairs], -1)
-    grams = jnp.stack([matmul(x.mT, x) for x in (basis_a, basis_b)])
-    units = jnp.eye(basis_a.shape[-1], dtype=basis_a.dtype).reshape(len(pairs), rank, -1).mT  # (pairs, basis, r)
+    return _flown((tuple(point), tuple(direction), *map(tuple, carried)))
+
+
+@jax.custom_jvp
+def _flown(pairs):
+    """In float64: in float32 Gram matrices small singular values would be lost."""
+    with jax.enable_x64(True):
+        bases, grams, state = _start(pairs, jnp.float64)
+        return _factors(bases, adaptive(_GEODESIC, grams, state)[0], pairs[0][0].dtype)
+
+
+@_flown.defjvp
+def _(primals, tangents):
+    """The steps that were found, done again in the dtype of the pairs."""
+    dtype = primals[0][0][0].dtype
+    with jax.enable_x64(True):
+        _, *start = _start(lax.stop_gradient(primals[0]), jnp.float64)
+        sizes = adaptive(_GEODESIC, *start)[1].astype(dtype)
+
+    def again(pairs):
+        bases, grams, state = _start(pairs, dtype)
+        return _factors(bases, repeated(_GEODESIC, grams, state, sizes), dtype)
+
+    return _flown(*primals), jax.jvp(again, primals, tangents)[1]
+
+
+def _start(pairs, dtype):
+    """The columns of all A and of all B^T, their Gram matrices, and what takes them to each pair."""
+    bases = [jnp.concatenate(side, -1).astype(dtype) for side in zip(*((a, b.mT) for a, b in pairs), strict=True)]
+    size = bases[0].shape[-1]
+    units = jnp.eye(size, dtype=dtype).reshape(len(pairs), -1, size).mT  # (pairs, size, r)
     state = tuple(jnp.broadcast_to(unit, (2, *unit.shape)) for unit in units)
-    ends = flow(_GEODESIC, grams, state)
-    out = (ends[0], *ends[2:])
-    return tuple(x for side in out for x in (matmul(basis_a, side[0]), matmul(basis_b, side[1]).mT))
+    return bases, jnp.stack([matmul(x.mT, x) for x in bases]), state
+
+
+def _factors(bases, state, dtype):
+    """The pairs of L and of the carried vectors."""
+    ends = [state[0], *state[2:]]
+    return tuple(x.astype(dtype) for end in ends for x in (matmul(bases[0], end[0]), matmul(bases[1], end[1]).mT))
 
 
 def _slope(grams, state):

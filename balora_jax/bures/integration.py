@@ -1,7 +1,7 @@
 """Flows of ordinary differential equations over the time 1, with steps that adapt, and with derivatives.
 
 The steps are those of Dormand and Prince's method of order 8 (Hairer, Nørsett, Wanner 1993, DOP853), whose coefficients
-are SciPy's. A loop that ends when it likes has no reverse derivative, so the flow is differentiated as what it is, a
+are SciPy's. A loop that ends when it likes has no reverse derivative, so a flow is differentiated as what it is, a
 composition of steps of given sizes: found once, then repeated.
 """
 
@@ -31,24 +31,6 @@ class Flow(NamedTuple):
     size: Callable[[Any, tuple], jax.Array]
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def flow(equation: Flow, parameters: Any, state: tuple) -> tuple:
-    """The state after the time 1; NaN where the solution does not last so long.
-
-    Args:
-        equation: what is solved.
-        parameters: any tree of arrays.
-        state: at the time 0, arrays of one dtype.
-    """
-    return _adaptive(equation, parameters, state)[0]
-
-
-@flow.defjvp
-def _(equation, primals, tangents):
-    _, sizes = _adaptive(equation, *lax.stop_gradient(primals))
-    return jax.jvp(lambda parameters, state: _repeated(equation, parameters, state, sizes), primals, tangents)
-
-
 def _tableau():
     """The coefficients of the stages and of the step, and those of the two estimates of its error."""
     from scipy.integrate import DOP853
@@ -74,8 +56,18 @@ def _stages(field, state, slope, size):
     return slopes, _moved(state, size * weights, slopes)
 
 
-def _adaptive(equation, parameters, state):
-    """The state after the time 1, and the sizes `(MOST_STEPS,)` of the steps, 0 beyond the last."""
+def adaptive(equation: Flow, parameters: Any, state: tuple) -> tuple[tuple, jax.Array]:
+    """Solves an equation over the time 1.
+
+    Args:
+        equation: what is solved.
+        parameters: any tree of arrays.
+        state: at the time 0, arrays of one dtype.
+
+    Returns:
+        The state at the time 1, and the sizes `(MOST_STEPS,)` of the steps, 0 beyond the last; all NaN where the
+        solution does not last so long.
+    """
     dtype = state[0].dtype
     _, _, third, fifth = (jnp.asarray(x, dtype) for x in _tableau())
     field = partial(equation.field, parameters)
@@ -119,8 +111,8 @@ def _adaptive(equation, parameters, state):
     return tuple(jnp.where(time < 1, jnp.nan, x) for x in state), jnp.where(time < 1, jnp.nan, sizes)
 
 
-def _repeated(equation, parameters, state, sizes):
-    """The state after steps of given sizes."""
+def repeated(equation: Flow, parameters: Any, state: tuple, sizes: jax.Array) -> tuple:
+    """The state after steps of given sizes `(n,)`, which can be differentiated."""
     field = partial(equation.field, parameters)
 
     def step(state, size):

@@ -10,7 +10,7 @@ from scipy.linalg import solve_continuous_lyapunov
 from balora_jax import bures
 from balora_jax.bures import Point, Tangent
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = pytest.mark.usefixtures("float64", "quick_compilation")
 
 CONDITIONS = (1.0, 1e2, 1e4, 1e6)  # 1: equal singular values
 SHAPE = (10, 9)
@@ -58,10 +58,18 @@ def integrated(lift, rows, speed, carried):
     return end.y[:, -1].reshape(3, *lift.shape)[[0, 2]]
 
 
+@pytest.fixture
+def quick_compilation():
+    """To compile is most of the work."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 exp, transport, log = (jax.jit(f) for f in (bures.exp, bures.parallel_transport, bures.log))
 
 
-@pytest.mark.parametrize("rank", [1, 3, 8])
+@pytest.mark.parametrize("rank", [1, 8])
 def test_geodesics_are_those_of_dense_integration(rank):
     point = points(rank)
     speed, carried = vectors(point, 0.6, 2)
@@ -95,7 +103,7 @@ def test_laws_of_geodesics(dtype):
     bures.check_tangent(end, one, tolerance=300 * rounding)
     back = exp(end, Tangent(*(-x for x in velocity)))
     lost = np.linalg.norm(lifts(back) - lifts(point), axis=(1, 2)) / bures.norm(point, speed)
-    assert np.all(lost < 100 * rounding * np.maximum(10, np.array(CONDITIONS)) ** 1.0)
+    assert np.all(lost < 100 * rounding * np.sqrt(CONDITIONS) / 10 + 1e-9)
 
 
 def test_logarithm_inverts_the_exponential_map():
