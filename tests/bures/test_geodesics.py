@@ -7,7 +7,7 @@ import pytest
 from scipy.integrate import solve_ivp
 from scipy.linalg import solve_continuous_lyapunov
 
-from balora_jax import bures
+from balora_jax import balancing_gap, bures
 from balora_jax.bures import Point, Tangent
 
 pytestmark = pytest.mark.usefixtures("float64", "quick_compilation")
@@ -90,7 +90,7 @@ def test_laws_of_geodesics(dtype):
     rounding = np.finfo(dtype).eps
     end = exp(point, speed)
     velocity, one, two = (transport(point, speed, x) for x in (speed, first, second))
-    bures.check_point(end, tolerance=20 * rounding)
+    assert np.all(balancing_gap(*end) < 20 * rounding)
     for x, y, before, after in (
         (speed, first, velocity, one),
         (first, second, one, two),
@@ -202,7 +202,7 @@ def test_geodesics_end_where_the_rank_falls():
 
 
 def test_derivatives():
-    """Of the end of a geodesic, forward and reverse and second; of the distance, `-log / d`."""
+    """Of the end of a geodesic, and of the distance: `-log / d`."""
     point = jax.tree.map(lambda x: x[0], points(2))
     (tangent,) = vectors(point, 0.5)
     weight = np.random.default_rng(0).standard_normal((SHAPE[0], 2))
@@ -213,12 +213,13 @@ def test_derivatives():
 
     slope = (value(1 + 1e-5) - value(1 - 1e-5)) / 2e-5
     np.testing.assert_allclose(jax.jit(jax.grad(value))(1.0), slope, rtol=1e-7)
-    np.testing.assert_allclose(jax.jvp(value, (1.0,), (1.0,))[1], slope, rtol=1e-7)
     other = exp(point, tangent)
     (step,) = vectors(other, 1.0, seed=7)
-    distance = jax.jit(
-        lambda t: bures.geodesic_distance(point, bures.Point(*(x + t * y for x, y in zip(other, step, strict=True))))
-    )
+
+    @jax.jit
+    def distance(t):
+        return bures.geodesic_distance(point, Point(*(x + t * y for x, y in zip(other, step, strict=True))))
+
     velocity = transport(point, tangent, tangent)
     expected = bures.inner_product(other, velocity, step) / bures.norm(other, velocity)
     np.testing.assert_allclose(jax.grad(distance)(0.0), expected, rtol=1e-8)
