@@ -14,6 +14,7 @@ from balora_jax.bures.manifold import (
     riemannian_hessian,
     transport,
 )
+from balora_jax.bures.means import frechet_mean, interpolation
 from balora_jax.bures.points import (
     Ambient,
     LowRank,
@@ -44,9 +45,11 @@ __all__ = [
     "conjugate_gradient",
     "distance",
     "exp",
+    "frechet_mean",
     "from_matrix",
     "geodesic_distance",
     "inner_product",
+    "interpolation",
     "lbfgs",
     "log",
     "norm",
