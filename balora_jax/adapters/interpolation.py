@@ -30,16 +30,16 @@ def interpolate_adapters(
 
             * `"geodesic"`: the shortest path of the updates `s A B` among the matrices of their rank, under the Bures
               metric. It does not depend on the gauges.
-            * `"factors"`: averages of the factors `A` and of the factors `B`, as weights are averaged. It depends on the
-              gauges: two pairs of the same update can have an average that is another.
+            * `"factors"`: averages of the factors, as weights are averaged. It depends on the gauges: two pairs of one
+              update can have an average that is another.
             * `"products"`: averages of the updates, and the nearest matrices of the same rank to them.
 
     Returns:
         The adapter; its pairs are balanced but for `"factors"`.
 
     Raises:
-        ValueError: the adapters do not have the same modules and shapes, are not plain LoRA, the weight is out of range,
-            an update lacks rank, or no geodesic joins two of them.
+        ValueError: the adapters do not have the same modules and shapes, or are not plain LoRA; the weight is out of
+            range; an update lacks rank, or no geodesic joins two of them.
 
     Notes:
         Float64; pairs of one shape go together. Some seconds for a model, most of them compilation.

@@ -52,8 +52,8 @@ def frechet_mean(points: Sequence[Point], weights: jax.typing.ArrayLike | None =
         weights: `(n,)`, of the points, positive; equal if None. Only their ratios count.
 
     Returns:
-        The balanced pair, in a gauge near that of the first point. NaN where `log` finds no geodesic: the points must be
-        so near each other that the mean is unique.
+        The balanced pair, in a gauge near that of the first point. NaN where `log` finds no geodesic: the points must
+        be so near each other that the mean is unique.
 
     Raises:
         ValueError: there is no point, the weights are not one for each, or a pair is not balanced.

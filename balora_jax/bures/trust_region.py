@@ -34,7 +34,7 @@ def trust_regions(
         start: a `Point`, or a tree of points, each perhaps with leading axes.
         steps: at most so many iterations.
         tolerance: ends when the norm of the Riemannian gradient is at most this.
-        radius: of the first ball; an eighth of the norm of all factors if None. No ball is larger than eight times it.
+        radius: of the first ball; a quarter of the norm of all factors if None. No ball is larger than eight times it.
         hessian: another operator in the place of the objective's Hessian, `(tree, direction) -> direction`, symmetric
             on directions of the factors, as trees of the points' form; `gauss_newton` gives one.
 
@@ -57,7 +57,7 @@ def trust_regions(
     """
     check_steps(steps)
     points, tree = flattened(start)
-    first = jnp.asarray(lengths(points) / 8 if radius is None else radius, points[0][0].dtype)
+    first = jnp.asarray(lengths(points) / 4 if radius is None else radius, points[0][0].dtype)
     largest = 8 * first
 
     def value(points):

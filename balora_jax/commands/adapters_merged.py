@@ -12,7 +12,7 @@ from balora_jax.commands.folders import copy_other_files, explained, whole_folde
 
 
 def write_between(first: Path, second: Path, out: Path, weight: float, how: How, console: Console) -> None:
-    """Writes the adapter that is a share of the way from one PEFT folder to another, and prints how far it is from both.
+    """Writes the adapter between those of two PEFT folders, and prints how far it is from both.
 
     Args:
         first: at weight 0; its config and other files are copied.
@@ -37,8 +37,8 @@ def write_between(first: Path, second: Path, out: Path, weight: float, how: How,
         copy_other_files(first, folder)  # the config among them
     apart = " and ".join(f"{_difference(new, old):.2f}" for old in adapters)
     console.print(
-        f"{len(new.modules())} pairs, {how} at weight {weight:g}; the updates differ from those of FIRST and of SECOND by "
-        f"{apart} of their norms: {out}"
+        f"{len(new.modules())} pairs, {how} at weight {weight:g}; the updates differ from those of FIRST and of SECOND "
+        f"by {apart} of their norms: {out}"
     )
 
 
