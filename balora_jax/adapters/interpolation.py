@@ -113,7 +113,8 @@ def _geodesic(first, second, weight):
         outcome = balance_pair(*pair)
         left = (outcome.untouched | outcome.nonfinite)[:, None, None]
         points.append(bures.Point(*(jnp.where(left, jnp.nan, x) for x in outcome[:2])))
-    return tuple(bures.interpolation(*points, weight))
+    start, end = points
+    return tuple(bures.interpolation(start, end, weight))
 
 
 def _factors(first, second, weight):

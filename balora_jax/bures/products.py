@@ -24,7 +24,7 @@ def flattened(points: Any) -> tuple[list[Point], Callable[[Points], Any]]:
         TypeError: the tree holds something else, or points of several dtypes.
         ValueError: it holds none, or one that is not balanced.
     """
-    leaves, tree = jax.tree.flatten(points, is_leaf=lambda node: isinstance(node, Point))
+    leaves, tree = jax.tree_util.tree_flatten(points, is_leaf=lambda node: isinstance(node, Point))
     if not leaves:
         raise ValueError("the tree must hold at least one Point, got none")
     for leaf in leaves:
@@ -39,7 +39,8 @@ def flattened(points: Any) -> tuple[list[Point], Callable[[Points], Any]]:
 
 def dot(first: Tangents, second: Tangents) -> jax.Array:
     """The inner product in the product of the manifolds."""
-    return sum((x * y).sum() for u, v in zip(first, second, strict=True) for x, y in zip(u, v, strict=True))
+    pairs = zip(first, second, strict=True)
+    return jnp.stack([(x * y).sum() for u, v in pairs for x, y in zip(u, v, strict=True)]).sum()
 
 
 def combined(scale: Any, first: Tangents, other: Any, second: Tangents) -> list[Tangent]:

@@ -21,13 +21,13 @@ class RiemannianState(NamedTuple):
     """The state of `riemannian_sgd` and `riemannian_adam`.
 
     Attributes:
-        count: `()`, the number of updates.
+        step: `()`, the number of updates.
         momentum: of the form of the parameters; of pairs tangent vectors.
         squares: of the form of the parameters: at both factors of a pair `(n,)`, for each of its n stacked pairs the
             mean of the squared norms of the gradients; at other leaves the mean of their squared entries. `()` for SGD.
     """
 
-    count: jax.Array
+    step: jax.Array
     momentum: Any
     squares: Any
 
@@ -123,8 +123,8 @@ def _transformation(learning_rate, pairs, momentum_of, direction_of, square_of):
     def update_fn(updates, state, params=None):
         if params is None:
             raise ValueError("the manifold needs the parameters: call `update(updates, state, params)`")
-        count = optax.safe_increment(state.count)
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        count = optax.safe_increment(state.step)
+        rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
         found = find_pairs(params, pairs)
         squares = {} if square_of is None else leaves_by_path(state.squares)
         momenta, gradients = leaves_by_path(state.momentum), leaves_by_path(updates)
@@ -148,7 +148,7 @@ def _transformation(learning_rate, pairs, momentum_of, direction_of, square_of):
                 squares[pair.path_a] = squares[pair.path_b] = square_of(squares[pair.path_a], length)
                 square = squares[pair.path_a][:, None, None]
             new = balanced(*(x - rate * direction_of(m, square, count) for x, m in zip(point, momentum, strict=True)))
-            moved.append([x - y for x, y in zip(new, point, strict=True)])
+            moved.append(tuple(x - y for x, y in zip(new, point, strict=True)))
             kept.append(projection(Point(*new), Tangent(*momentum)))
         momentum = write_pairs(with_leaves(state.momentum, momenta), found, kept)
         new_squares = with_leaves(state.squares, squares) if squares else ()

@@ -31,7 +31,7 @@ def write_between(first: Path, second: Path, out: Path, weight: float, how: How,
             adapters.append(read_peft(folder))
             adapters[-1].modules()
     with explained("FIRST and SECOND"):
-        new = interpolate_adapters(*adapters, weight, how=how)
+        new = interpolate_adapters(adapters[0], adapters[1], weight, how=how)
     with whole_folder(out) as folder:
         write_peft(new, folder)
         copy_other_files(first, folder)  # the config among them
