@@ -34,7 +34,7 @@ def flattened(points: Any) -> tuple[list[Point], Callable[[Points], Any]]:
     dtypes = {x.dtype.name for pair in found for x in pair}
     if len(dtypes) > 1:
         raise TypeError(f"the points must have one dtype, got {' and '.join(sorted(dtypes))}")
-    return found, tree.unflatten
+    return found, lambda pairs: jax.tree.unflatten(tree, pairs)
 
 
 def dot(first: Tangents, second: Tangents) -> jax.Array:
