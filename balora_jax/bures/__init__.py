@@ -15,6 +15,7 @@ from balora_jax.bures.manifold import (
     transport,
 )
 from balora_jax.bures.means import frechet_mean, interpolation
+from balora_jax.bures.metrics import METRICS, Metric, gauss_newton
 from balora_jax.bures.points import (
     Ambient,
     LowRank,
@@ -32,9 +33,11 @@ from balora_jax.bures.transformations import RiemannianState, riemannian_adam, r
 from balora_jax.bures.trust_region import trust_regions
 
 __all__ = [
+    "METRICS",
     "Ambient",
     "Descent",
     "LowRank",
+    "Metric",
     "Point",
     "RiemannianState",
     "Solution",
@@ -47,6 +50,7 @@ __all__ = [
     "exp",
     "frechet_mean",
     "from_matrix",
+    "gauss_newton",
     "geodesic_distance",
     "inner_product",
     "interpolation",

@@ -36,7 +36,7 @@ def trust_regions(
         tolerance: ends when the norm of the Riemannian gradient is at most this.
         radius: of the first ball; a quarter of the norm of all factors if None. No ball is larger than eight times it.
         hessian: another operator in the place of the objective's Hessian, `(tree, direction) -> direction`, symmetric
-            on directions of the factors, as trees of the points' form; `gauss_newton` gives one.
+            on directions of the factors, as trees of the points' form: `conditioning.gauss_newton_product`, say.
 
     Returns:
         A `Solution`.
