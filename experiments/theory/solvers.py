@@ -1,12 +1,13 @@
 """Five metrics and three solvers: `python experiments/theory/solvers.py` (minutes on two CPU cores).
 
-The problems of `geometries.py`, and one that does not favour metrics which whiten by the factors: *skewed sensing*, where
-the measurements see `C_a X C_b` with covariances of condition number 10, in directions that have nothing to do with Z.
+The problems of `geometries.py`, and one that does not favour metrics which whiten by the factors: *skewed sensing*,
+where the measurements see `C_a X C_b` with covariances of condition number 10, in directions that have nothing to do
+with Z.
 
 Gradient descent with Armijo's rule under the Bures, the embedded, the scaled, the balanced quotient and the
 Gauss-Newton metric; conjugate gradients, L-BFGS and trust regions under the Bures metric. Iterations and seconds until
-`||X - Z|| <= 1e-10 ||Z||`, of at most 5,000; medians over 3 seeds, those that do not get there counting as more. All are
-jitted loops of the same library; times are without compilation.
+`||X - Z|| <= 1e-10 ||Z||`, of at most 5,000; medians over 3 seeds, those that do not get there counting as more. All
+are jitted loops of the same library; times are without compilation.
 """
 
 import time
