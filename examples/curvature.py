@@ -11,14 +11,12 @@ import matplotlib.pyplot as plt
 
 from balora_jax import bures
 
-jax.config.update("jax_enable_x64", True)
-
 # %% [markdown]
 # ## A geodesic against a straight line
 #
 # Two adapters of rank 2 whose products have the same singular values, 1 and 0.5, in other directions. On the straight
-# line between the products there are four singular values, and the average has lost half of its size. The geodesic
-# keeps two, and its length is at least the distance that is found without it, by turning one pair to the other.
+# line between the products there are four singular values; the geodesic keeps two. Its length is at least the distance
+# that is found without it, by turning one pair to the other.
 
 
 # %%
@@ -53,8 +51,8 @@ figure.savefig("geodesic.png", dpi=120)
 # ## Both signs of curvature
 #
 # At a product with singular values 1 and 0.1 random planes have sectional curvatures of both signs. The quotient by
-# rotations adds none below zero, as in the Bures-Wasserstein metric on positive semidefinite matrices, which has nothing
-# else. Balance makes the pairs a curved surface in the space of all pairs, and adds curvature of either sign.
+# rotations adds none below zero, as in the Bures-Wasserstein metric on positive semidefinite matrices, which has
+# nothing else. Balance makes the pairs a curved surface in the space of all pairs, and adds curvature of either sign.
 
 # %%
 corner = point(2, [1.0, 0.1])
