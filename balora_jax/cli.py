@@ -45,6 +45,10 @@ _COMMANDS = {
         "MODEL ADAPTER OUT",
         "add a PEFT adapter to the weights of its base, in Hugging Face's format",
     ),
+    "merge-adapters": (
+        "FIRST SECOND OUT [--weight SHARE] [--how geodesic|factors|products]",
+        "write the PEFT adapter that is a share of the way from one adapter to another of the same base",
+    ),
     "evaluate": (
         "CONFIG [--adapter ADAPTER] [--json] [--field.name VALUE ...]",
         "measure loss and accuracy of a model on the data of a config",
@@ -101,7 +105,7 @@ def _called(arguments: list[str]) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     try:
         if command in _COMMANDS:
-            code = importlib.import_module(f"balora_jax.commands.{command}").main(rest)
+            code = importlib.import_module(f"balora_jax.commands.{command.replace('-', '_')}").main(rest)
         elif command in ("-h", "--help"):
             print(USAGE, end="")
             code = 0 if arguments else 2

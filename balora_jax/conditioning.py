@@ -39,7 +39,7 @@ def factorization_eigenvalues(lora_a: ArrayLike, lora_b: ArrayLike, rest: ArrayL
         ValueError: the shapes do not form a pair, or there are more singular values than Z can have.
 
     Notes:
-        O((a + b) r^2). Small eigenvalues keep their relative precision if there is no `rest`.
+        O((a + b) r^2). Small eigenvalues keep their relative precision, to the square root of the condition number.
 
     Source: arXiv 2605.31484 for rank r and for balanced pairs; the blocks for any pair follow from the second
     derivative `||dA B + A dB||^2 + 2 <A B - Z, dA dB>`.
@@ -67,11 +67,33 @@ def factorization_eigenvalues(lora_a: ArrayLike, lora_b: ArrayLike, rest: ArrayL
     inside = (square_a[..., :, None] + square_b[..., None, :]).reshape(*leading, -1)
     parts = [inside, np.repeat(square_b, rows - count, axis=-1), np.repeat(square_a, columns - count, axis=-1)]
     if count:
-        identity, tau = np.eye(rank), rest[..., :, None, None]
-        p, q = (np.broadcast_to(x[..., None, :, :], (*leading, count, rank, rank)) for x in (a.mT @ a, b @ b.mT))
-        block = np.concatenate([np.concatenate([q, -tau * identity], -1), np.concatenate([-tau * identity, p], -1)], -2)
-        parts.append(np.linalg.eigvalsh(block).reshape(*leading, -1))
+        parts.append(_block_eigenvalues(a, b, rest).reshape(*leading, -1))
     return -np.sort(-np.concatenate(parts, -1), axis=-1)
+
+
+def _block_eigenvalues(a, b, rest):
+    """The eigenvalues `(..., k, 2 r)` of `[[Q, -tau_k I], [-tau_k I, P]]`.
+
+    With `A = Q_A R` and `B^T = Q_B S` the block is `F^T F` for `F = [[N, 0], [-tau R^-T, R]]`, where `N^T N` is the
+    Schur complement `R^-1 (R S^T S R^T - tau^2) R^-T`: singular values of F keep digits that the eigenvalues of the
+    block lose. It needs a product whose singular values are at least tau; else the block is taken as it is.
+    """
+    rank, tau = a.shape[-1], rest[..., :, None, None]
+    identity = np.eye(rank)
+    roots = [np.linalg.qr(x)[1][..., None, :, :] for x in (a, b.mT)]
+    p, q = (np.broadcast_to(x.mT @ x, (*rest.shape, rank, rank)) for x in roots)
+    block = np.concatenate([np.concatenate([q, -tau * identity], -1), np.concatenate([-tau * identity, p], -1)], -2)
+    plain = np.linalg.eigvalsh(block)
+    u, s, _ = np.linalg.svd(roots[0] @ roots[1].mT)
+    left, values, right = np.linalg.svd(roots[0])
+    usable = (s.min(-1) >= rest) & (values.min(-1) > np.finfo(float).eps * values.max(-1))
+    inverse = (left / np.where(values > 0, values, 1)[..., None, :]) @ right  # R^-T
+    apart = np.sqrt(np.maximum((s - rest[..., None]) * (s + rest[..., None]), 0))
+    schur = apart[..., :, None] * (u.mT @ inverse)
+    zero = np.zeros_like(schur)
+    below = [-tau * inverse, np.broadcast_to(roots[0], schur.shape)]
+    factor = np.concatenate([np.concatenate([schur, zero], -1), np.concatenate(below, -1)], -2)
+    return np.where(usable[..., None], np.linalg.svd(factor, compute_uv=False)[..., ::-1] ** 2, plain)
 
 
 def factorization_condition_number(

@@ -1,7 +1,7 @@
 """What the build of the site adds to mkdocs: files beside `docs/`, notebooks, and a look at every page.
 
 Pages link to the repository as on a code host, `../experiments/gauges/README.md` say. The files that are linked so are
-part of the site, at the same places below its root. Two examples are executed and become pages, as notebooks.
+part of the site, at the same places below its root. Three examples are executed and become pages, as notebooks.
 """
 
 import re
@@ -16,7 +16,7 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parent.parent
 BESIDE = ("experiments/**/README.md", "experiments/**/*.p[ny]*", "configs/**/*.py", "examples/*.py", "LICENSE")
-NOTEBOOKS = ("geometry", "image_classifier")
+NOTEBOOKS = ("curvature", "geometry", "image_classifier")
 OUTSIDE = re.compile(
     r'<(?:script|img|iframe|source)[^>]* src="https?:[^>]*>|<link rel="(?!canonical)[^>]*href="https?:'
 )

@@ -67,6 +67,23 @@ def test_closed_form_is_the_spectrum_of_the_hessian(case, mixed):
         )
 
 
+@pytest.mark.parametrize("condition", [1e2, 1e8, 1e12, 1e16])
+@pytest.mark.parametrize("pair", ["balanced", "scaled"])
+def test_condition_numbers_keep_their_digits_beyond_rank_r(condition, pair):
+    """`sigma_i -+ tau` of balanced pairs; blocks of size 2 of pairs whose Gram matrices are diagonal."""
+    values, rest = np.geomspace(1, 1 / condition, 3), np.array([0.5, 0.1]) / condition
+    rng = np.random.default_rng(0)
+    u, v, turn = (np.linalg.qr(rng.standard_normal((n, 3)))[0] for n in (7, 6, 3))
+    scale = np.array([3.0, 0.5, 2.0]) if pair == "scaled" else np.ones(3)
+    a, b = u * values**0.5 * scale @ turn, turn.T @ (v * values**0.5 / scale).T
+    p, q = values * scale**2, values / scale**2
+    large = [(p + q) / 2 + np.sqrt((p - q) ** 2 / 4 + tau**2) for tau in rest]
+    small = [(p * q - tau**2) / x for tau, x in zip(rest, large, strict=True)]
+    expected = (p.max() + q.max()) / np.min([*small, p, q])
+    rounding = 100 * np.finfo(float).eps * np.sqrt(condition)
+    np.testing.assert_allclose(factorization_condition_number(a, b, rest), expected, rtol=rounding)
+
+
 def test_no_refactorisation_is_better_than_balance():
     values = np.array([3.0, 2.0, 0.5, 0.2])
     pairs = [minimiser((8, 6), values, 3, seed=0, mixed=False)[1:]]

@@ -98,6 +98,11 @@ def test_commands_of_a_page_exist(page, capsys):
 
 
 OUTCOMES = {
+    "curvature": lambda names: (
+        float(names["curvatures"].min()) < -0.5
+        and float(names["curvatures"].max()) > 0.5
+        and names["length"] >= names["chord"]
+    ),
     "geometry": lambda names: (
         names["last"][50, "scaled"] < 1e-6 < names["last"][50, "bures"] and names["last"][2, "bures"] < 1e-6
     ),

@@ -5,6 +5,7 @@ from balora_jax.adapters.adapter import Adapter, MergeError
 from balora_jax.adapters.dora import DoRALinear
 from balora_jax.adapters.full import FullLinear
 from balora_jax.adapters.initialisation import LORA, OLORA, PISSA, XAVIER, Initialisation
+from balora_jax.adapters.interpolation import interpolate_adapters
 from balora_jax.adapters.lora import AdapterOffset, AdapterScale, LoRALinear, adapter_scale
 from balora_jax.adapters.lora_ga import LORA_GA, gradient_triplets, lora_ga_start, start_at
 from balora_jax.adapters.model import (
@@ -39,6 +40,7 @@ __all__ = [
     "add_adapters",
     "export_adapters",
     "gradient_triplets",
+    "interpolate_adapters",
     "iter_adapters",
     "load_adapters",
     "lora_ga_start",

@@ -1,4 +1,4 @@
-"""Gradient descent on the matrices of rank r, under the Bures metric and two others to compare it with."""
+"""Gradient descent on the matrices of rank r, under the Bures metric and others to compare it with."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from balora_jax.bures.manifold import Point, Tangent, retraction, singular_values
-from balora_jax.bures.matrix_functions import balanced, solve
-from balora_jax.linalg import matmul
+from balora_jax.bures.metrics import METRICS, Metric
+from balora_jax.bures.points import Point, Tangent, balanced_point, singular_values
 from balora_jax.transform import Pairs, balora_project
 
 SUFFICIENT_DECREASE = 0.25
@@ -58,7 +57,7 @@ def riemannian_gradient_descent(
     steps: int,
     step_size: float | jax.Array | Callable[[jax.Array], jax.Array] = 1.0,
     search: bool = False,
-    metric: str = "bures",
+    metric: str | Metric = "bures",
 ) -> Descent:
     """Gradient descent with a retraction.
 
@@ -69,28 +68,24 @@ def riemannian_gradient_descent(
         step_size: of each step; or a function of the number of the step, an array `()`, that gives it.
         search: whether `step_size` is only where Armijo's rule starts to look: the step is halved until the objective
             falls by a quarter of what its slope promises. Later searches start at twice the last step.
-        metric: which gradient, and which retraction.
-
-            * `"bures"`: `H_X[G]`, and the paper's retraction.
-            * `"embedded"`: the Euclidean metric of matrices: `P_U G + G P_V - P_U G P_V`, where `P_U` and `P_V` project
-              on the column and row spaces, and the nearest matrix of rank r (Vandereycken 2013).
-            * `"scaled"`: the quotient metric `<dA, dA B B^T> + <dB, A^T A dB>`: `(g_A (B B^T)^-1, (A^T A)^-1 g_B)`,
-              added to the factors (Mishra et al. 2012; as ScaledGD, Tong et al. 2021).
+        metric: which gradient, and which retraction: a name in `METRICS`, `"bures"`, `"embedded"`, `"scaled"` or
+            `"balanced_quotient"`, or a `Metric`, of `gauss_newton` say.
 
     Returns:
         A `Descent`.
 
     Raises:
-        ValueError: the metric is unknown, the point has leading axes, or `steps` is no count.
+        ValueError: the metric is unknown, the point has leading axes or is not balanced, or `steps` is no count.
     """
-    if metric not in _METRICS:
-        raise ValueError(f"metric must be one of {', '.join(_METRICS)}, got {metric!r}")
+    if not isinstance(metric, Metric) and metric not in METRICS:
+        raise ValueError(f"metric must be a Metric or one of {', '.join(METRICS)}, got {metric!r}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps must be an integer of at least 0, got {steps!r}")
     point = Point(*(jnp.asarray(x) for x in point))
     if point.lora_a.ndim != 2:
         raise ValueError(f"the point must not have leading axes, got shape {point.lora_a.shape}; use vmap")
-    direction, move = _METRICS[metric]
+    balanced_point(point)
+    direction, move = metric if isinstance(metric, Metric) else METRICS[metric]
     size_of = step_size if callable(step_size) else lambda _: step_size
     value_and_gradient = jax.value_and_grad(objective, (0, 1))
 
@@ -129,30 +124,3 @@ def riemannian_gradient_descent(
 
 def _scaled(tangent, factor):
     return Tangent(*(factor * x for x in tangent))
-
-
-def _bures_direction(point, gradient):
-    return Tangent(*gradient)
-
-
-def _scaled_direction(point, gradient):
-    (a, b), (gradient_a, gradient_b) = point, gradient
-    return Tangent(solve(matmul(b, b.T), gradient_a.T).T, solve(matmul(a.T, a), gradient_b))
-
-
-def _embedded_direction(point, gradient):
-    """The factor directions that add up to the projected gradient; what both could give, half from each."""
-    a, b = point
-    step_a, step_b = _scaled_direction(point, gradient)
-    core = solve(matmul(a.T, a), matmul(a.T, step_a))  # P_U G P_V = A core B
-    return Tangent(step_a - matmul(a, core) / 2, step_b - matmul(core, b) / 2)
-
-
-_METRICS = {
-    "bures": (_bures_direction, retraction),
-    "embedded": (_embedded_direction, lambda point, tangent: retraction(point, tangent, kind="truncated")),
-    "scaled": (
-        _scaled_direction,
-        lambda point, tangent: Point(*balanced(*(x + y for x, y in zip(point, tangent, strict=True)))),
-    ),
-}

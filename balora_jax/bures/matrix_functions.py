@@ -33,6 +33,22 @@ def sylvester(p: jax.Array, q: jax.Array, c: jax.Array) -> jax.Array:
     return lax.custom_linear_solve(lambda x: matmul(p, x) + matmul(x, q), c, solve, symmetric=True)
 
 
+def lyapunov(g: jax.Array, c: jax.Array) -> jax.Array:
+    """Solves `G X + X G = C` for symmetric positive definite G.
+
+    Args:
+        g: `(..., r, r)`.
+        c: `(..., r, r)`, perhaps with more leading axes.
+    """
+    values, u = eigh(lax.stop_gradient(g))
+    sums = values[..., :, None] + values[..., None, :]
+
+    def solve(_, c):
+        return matmul(matmul(u, matmul(matmul(u.mT, c), u) / sums), u.mT)
+
+    return lax.custom_linear_solve(lambda x: matmul(g, x) + matmul(x, g), c, solve, symmetric=True)
+
+
 def solve(p: jax.Array, c: jax.Array) -> jax.Array:
     """Solves `P X = C` for symmetric positive definite P.
 
@@ -46,6 +62,65 @@ def solve(p: jax.Array, c: jax.Array) -> jax.Array:
         return matmul(u, matmul(u.mT, c) / values[..., :, None])
 
     return lax.custom_linear_solve(lambda x: matmul(p, x), c, inverse, symmetric=True)
+
+
+def sylvester_of_roots(left: jax.Array, right: jax.Array, c: jax.Array) -> jax.Array:
+    """Solves `L L^T X + X R R^T = C`; of small singular values of L and R more is left than of their products.
+
+    Args:
+        left: `(..., m, m)`, invertible.
+        right: `(..., n, n)`, invertible.
+        c: `(..., m, n)`.
+    """
+    (u, values_l, _), (v, values_r, _) = (svd(lax.stop_gradient(x)) for x in (left, right))
+    sums = values_l[..., :, None] ** 2 + values_r[..., None, :] ** 2
+
+    def apply(x):
+        return matmul(left, matmul(left.mT, x)) + matmul(matmul(x, right), right.mT)
+
+    def solve(_, c):
+        return matmul(matmul(u, matmul(matmul(u.mT, c), v) / sums), v.mT)
+
+    return lax.custom_linear_solve(apply, c, solve, symmetric=True)
+
+
+def divide(root: jax.Array, c: jax.Array) -> jax.Array:
+    """Solves `R X = C` for an invertible R.
+
+    Args:
+        root: `(..., m, m)`.
+        c: `(..., m, n)`.
+    """
+    u, values, vt = svd(lax.stop_gradient(root))
+
+    def solve(_, c):
+        return matmul(vt.mT, matmul(u.mT, c) / values[..., :, None])
+
+    def transpose_solve(_, c):
+        return matmul(u, matmul(vt, c) / values[..., :, None])
+
+    return lax.custom_linear_solve(lambda x: matmul(root, x), c, solve, transpose_solve)
+
+
+@jax.custom_jvp
+def orthogonal_triangular(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The thin QR decomposition of a matrix of full column rank: `(..., m, n)`, `(..., n, n)`.
+
+    Args:
+        matrix: `(..., m, n)`, `n <= m`.
+    """
+    return qr(matrix)
+
+
+@orthogonal_triangular.defjvp
+def _(primals, tangents):
+    (matrix,), (step,) = primals, tangents
+    q, r = orthogonal_triangular(matrix)
+    step = divide(r.mT, step.mT).mT
+    inside = matmul(q.mT, step)
+    lower = jnp.tril(inside, -1)
+    turn = lower - lower.mT
+    return (q, r), (step + matmul(q, turn - inside), matmul(inside - turn, r))
 
 
 @jax.custom_jvp

@@ -138,6 +138,46 @@ def test_scaled_descent_is_scaled_gradient_descent():
     np.testing.assert_allclose(bures.to_matrix(found.point), expected, atol=1e-12)
 
 
+def test_balanced_quotient_descent_is_that_of_its_metric():
+    """The gradient is dual in `tr(dA (A^T A)^-1 dA^T) + tr(dB^T (B B^T)^-1 dB)`, and steps are added to factors."""
+    _, loss, point = problem()
+    a, b = map(np.asarray, point)
+    ga, gb = (np.asarray(g) for g in jax.grad(loss, (0, 1))(a, b))
+    da, db = ga @ (a.T @ a), (b @ b.T) @ gb
+    rng = np.random.default_rng(0)
+    xa, xb = rng.standard_normal(a.shape), rng.standard_normal(b.shape)
+    metric = np.sum(xa * (da @ np.linalg.inv(a.T @ a))) + np.sum(xb * np.linalg.solve(b @ b.T, db))
+    np.testing.assert_allclose(metric, np.sum(xa * ga) + np.sum(xb * gb))
+    found = bures.riemannian_gradient_descent(loss, point, steps=1, step_size=0.1, metric="balanced_quotient")
+    np.testing.assert_allclose(bures.to_matrix(found.point), (a - 0.1 * da) @ (b - 0.1 * db), atol=1e-12)
+    np.testing.assert_allclose(found.gradient_norms[0] ** 2, np.sum(da * ga) + np.sum(db * gb))
+
+
+def test_gauss_newton_steps_solve_the_linear_problem():
+    """The least-squares step of measurements that are linear in the matrix, over the tangent space."""
+    rng = np.random.default_rng(0)
+    target, _, point = problem(shape=(6, 5), rank=2)
+    sensors = rng.standard_normal((40, 6, 5))
+
+    def outputs(a, b):
+        return jnp.einsum("kij,ij->k", sensors, a @ b)
+
+    def loss(values):
+        return 0.5 * jnp.sum((values - outputs(target, jnp.eye(5))) ** 2)
+
+    descent = bures.riemannian_gradient_descent(
+        lambda a, b: loss(outputs(a, b)), point, steps=1, step_size=1.0, metric=bures.gauss_newton(outputs, loss)
+    )
+    a, b = map(np.asarray, point)
+    flat = sensors.reshape(40, -1)
+    columns = [np.kron(np.eye(6), b.T), np.kron(a, np.eye(5))]  # of dA row by row, and of dB
+    jacobian = flat @ np.concatenate(columns, 1)
+    misfit = flat @ (a @ b - np.asarray(target)).ravel()
+    step = np.linalg.lstsq(jacobian, -misfit)[0]  # the shortest is horizontal
+    new = (a + step[:12].reshape(6, 2)) @ (b + step[12:].reshape(2, 5))
+    np.testing.assert_allclose(bures.to_matrix(descent.point), new, atol=1e-10)
+
+
 def test_schedules_and_vmap():
     _, loss, point = problem()
     schedule = optax.exponential_decay(0.1, 1, 0.5)
@@ -167,7 +207,7 @@ def test_bad_arguments_raise():
     _, loss, point = problem()
     with pytest.raises(ValueError, match=r"steps must be an integer of at least 0, got 2\.5"):
         bures.riemannian_gradient_descent(loss, point, steps=2.5)
-    with pytest.raises(ValueError, match="metric must be one of bures, embedded, scaled, got 'euclidean'"):
+    with pytest.raises(ValueError, match=r"metric must be a Metric or one of bures, .*, got 'euclidean'"):
         bures.riemannian_gradient_descent(loss, point, steps=1, metric="euclidean")
     stacked = jax.tree.map(lambda x: x[None], point)
     with pytest.raises(ValueError, match="leading axes"):

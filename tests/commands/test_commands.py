@@ -433,5 +433,5 @@ def test_help_of_run_lists_every_field(capsys):
 
 def test_usage_names_every_command(capsys):
     assert main(["--help"]) == 0
-    named = re.findall(r"^  (\w+)(?: [A-Z]+.*)?$", capsys.readouterr().out, re.MULTILINE)
+    named = re.findall(r"^  ([\w-]+)(?: [A-Z]+.*)?$", capsys.readouterr().out, re.MULTILINE)
     assert named == list(_COMMANDS)
