@@ -9,35 +9,60 @@ import optax
 
 from balora_jax.gauge import Gauge, Route, check_gauge, check_route
 from balora_jax.pairs import Pairs, find_pairs
-from balora_jax.projection import Fate, counts, disturbed, project
+from balora_jax.projection import counts, disturbed, project
+from balora_jax.status import COUNTED, Status, is_skipped, is_untouched
 from balora_jax.transport import check_movable, move_state
 
 
 class BaloraProjectState(NamedTuple):
-    """State of `balora_project`. The numbers are of the last projection, but `disturbed` sums up all updates.
+    """State of `balora_project`. Counts of pairs are of the last projection; the last axis of `status` is summed up.
 
     Attributes:
         count: int32, number of updates so far.
-        untouched: int32, pairs that were skipped: their product lacks rank (a fresh `B = 0`, say), or they
-            are so far from balance that an update, which is added to the parameters in their dtype, could not carry
-            them there without losing a third of the product's digits; or they are waiting or frozen.
-        nonfinite: int32, pairs that were skipped because they hold a NaN or an infinity.
-        waiting: int32, pairs that were skipped because one factor is still too small beside the other, see
-            `least_ratio`.
-        frozen: int32, pairs that were skipped because one factor has no update, though neither is zero: it is taken to
-            be frozen, and balancing would move it.
         disturbed: int32, how often a pair that an update left balanced did not come back so: something after the
             projection, in the chain or around it, changes its updates, or the parameters were set by hand.
-        balanced: `(pairs)` bool, those that the last update left balanced.
+        projected: bool, whether the last update was followed by a projection.
+        status: `(pairs)` int8, what the last projection made of each pair: a `Status`.
     """
 
     count: jax.Array  # type: ignore[assignment]
-    untouched: jax.Array
-    nonfinite: jax.Array
-    waiting: jax.Array
-    frozen: jax.Array
     disturbed: jax.Array
-    balanced: jax.Array
+    projected: jax.Array
+    status: jax.Array
+
+    @property
+    def balanced(self) -> jax.Array:
+        """`(pairs)` bool, those that the last update left balanced."""
+        return self.projected[..., None] & ~is_skipped(self.status)
+
+    @property
+    def untouched(self) -> jax.Array:
+        """int32, pairs that were skipped though they have finite updates, for any reason."""
+        return is_untouched(self.status).sum(-1, dtype=jnp.int32)
+
+    @property
+    def nonfinite(self) -> jax.Array:
+        """int32, pairs that were skipped because they hold a NaN or an infinity."""
+        return self.number_of(Status.NONFINITE)
+
+    @property
+    def waiting(self) -> jax.Array:
+        """int32, pairs that were skipped because one factor is still too small beside the other."""
+        return self.number_of(Status.WAITING)
+
+    @property
+    def frozen(self) -> jax.Array:
+        """int32, pairs that were skipped because one factor has no update, though neither is zero."""
+        return self.number_of(Status.FROZEN)
+
+    def number_of(self, status: Status) -> jax.Array:
+        """Returns the number of pairs of a status, int32."""
+        return (self.status == status).sum(-1, dtype=jnp.int32)
+
+    def counts(self) -> dict[str, jax.Array]:
+        """Returns what metrics show: `untouched`, `disturbed`, and the number of pairs of each status by its name."""
+        numbers = {status.name.lower(): self.number_of(status) for status in COUNTED}
+        return {"untouched": self.untouched, "disturbed": self.disturbed} | numbers
 
 
 def balora_project(
@@ -213,7 +238,7 @@ def check_projection(opt_state: Any) -> None:
         opt_state: of any optax transformation that holds `balora_project` or `balora`, also of a population.
 
     Raises:
-        ValueError: pairs were disturbed, or in the last update frozen, see `BaloraProjectState`; or the state holds
+        ValueError: pairs were disturbed, or in the last update frozen, see `Status`; or the state holds
             no projection.
 
     Examples:
@@ -261,8 +286,8 @@ def _projection(gauge, route, every, start_step, least_ratio, pairs, transport):
     def init_fn(params):
         # optax also initializes with an empty placeholder
         n = sum(counts(params, find_pairs(params, pairs))) if jax.tree.leaves(params) else 0
-        numbers = {name: jnp.zeros((), jnp.int32) for name in BaloraProjectState._fields if name != "balanced"}
-        return BaloraProjectState(**numbers, balanced=jnp.zeros(n, bool))
+        zero, status = jnp.zeros((), jnp.int32), jnp.full(n, Status.NO_UPDATE, jnp.int8)
+        return BaloraProjectState(zero, zero, projected=jnp.zeros((), bool), status=status)
 
     def update_fn(updates, state, params, moments):
         if params is None:
@@ -270,27 +295,25 @@ def _projection(gauge, route, every, start_step, least_ratio, pairs, transport):
         found, count = find_pairs(params, pairs), optax.safe_increment(state.count)
 
         def projected(updates, moments):
-            new, moving, changes, fate = project(
+            new, moving, changes, status = project(
                 updates, params, found, gauge=gauge, route=route, least_ratio=least_ratio
             )
-            numbers = {name: getattr(fate, name).sum(dtype=jnp.int32) for name in Fate._fields if name != "balanced"}
-            moments = move_state(moments, moving, changes) if transport else moments
-            return new, moments, state._replace(balanced=fate.balanced, **numbers)
+            return new, move_state(moments, moving, changes) if transport else moments, status
 
         def as_they_are(updates, moments):
-            return updates, moments, state._replace(balanced=jnp.zeros_like(state.balanced))
+            return updates, moments, state.status
 
         def undone():
             return disturbed(params, found, state.balanced).sum(dtype=jnp.int32)
 
         if always:
-            changed = undone()
-            updates, moments, state = projected(updates, moments)
+            due, changed = jnp.ones((), bool), undone()
+            updates, moments, status = projected(updates, moments)
         else:
             due = (count > start_step) & ((count - start_step) % every == 0)
             changed = jax.lax.cond(state.balanced.any(), undone, lambda: jnp.zeros((), jnp.int32))
-            updates, moments, state = jax.lax.cond(due, projected, as_they_are, updates, moments)
-        return updates, state._replace(count=count, disturbed=state.disturbed + changed), moments
+            updates, moments, status = jax.lax.cond(due, projected, as_they_are, updates, moments)
+        return updates, BaloraProjectState(count, state.disturbed + changed, due, status), moments
 
     return init_fn, update_fn
 

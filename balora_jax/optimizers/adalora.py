@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from balora_jax.balance import working_dtype
+from balora_jax.factors import working_dtype
 from balora_jax.linalg import matmul
 from balora_jax.optimizers.scaled import check_count, check_interval, check_params
 from balora_jax.pairs import Pair, find_pairs, read_pairs, write_pairs

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from balora_jax.balance import changed_pairs, working_dtype
+from balora_jax.balance import balance_factors
+from balora_jax.factors import working_dtype
 from balora_jax.linalg import matmul
 from balora_jax.optimizers.scaled import check_adamw, check_interval, check_params
 from balora_jax.pairs import Pairs, find_pairs, read_pairs, write_pairs
+from balora_jax.status import is_skipped
 from balora_jax.transport import move_state
 
 
@@ -223,16 +225,15 @@ def _preconditioned(updates, params, pairs):
     found = tuple(pair for pair in found if pair not in short)
     factors, gradients = read_pairs(params, found), read_pairs(updates, found)
     wide = [(a.astype(working_dtype(a, b)), b.astype(working_dtype(a, b))) for a, b in factors]
-    outcomes = changed_pairs(wide, gauge="svd", route="auto")
+    outcomes = balance_factors(wide, gauge="svd", route="auto")
     new, untouched = [], jnp.asarray(sum(short.values()), jnp.int32)
     for (a, b), (g_a, g_b), outcome in zip(wide, gradients, outcomes, strict=True):
-        left = outcome.untouched | outcome.nonfinite
-        forth, back = outcome.change, outcome.inverse_change
-        h_a = matmul(matmul(g_a.astype(a.dtype), back.mT), back)
-        h_b = matmul(forth, matmul(forth.mT, g_b.astype(b.dtype)))
-        h_a, h_b = (jnp.where(left[:, None, None], g, h.astype(g.dtype)) for g, h in ((g_a, h_a), (g_b, h_b)))
+        skipped, T, T_inv = is_skipped(outcome.status), outcome.T, outcome.T_inv
+        h_a = matmul(matmul(g_a.astype(a.dtype), T_inv.mT), T_inv)
+        h_b = matmul(T, matmul(T.mT, g_b.astype(b.dtype)))
+        h_a, h_b = (jnp.where(skipped[:, None, None], g, h.astype(g.dtype)) for g, h in ((g_a, h_a), (g_b, h_b)))
         new.append((h_a, h_b))
-        untouched += left.sum(dtype=jnp.int32)
+        untouched += skipped.sum(dtype=jnp.int32)
     return write_pairs(updates, found, new), untouched
 
 

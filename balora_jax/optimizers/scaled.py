@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from balora_jax.balance import working_dtype
+from balora_jax.factors import working_dtype
 from balora_jax.linalg import eigh, matmul, split
 from balora_jax.pairs import Pairs, find_pairs, read_pairs, write_pairs
 
