@@ -13,6 +13,7 @@ from balora_jax.gauge import Change, column_norms
 _LARGEST_SHARE = 30
 
 
+@jax.jit
 def times_two_to(x: jax.Array, exponent: jax.Array) -> jax.Array:
     """Returns `x 2^k`, exactly where the dtype (float32 or float64) can hold it.
 
@@ -35,6 +36,7 @@ def even_exponents(sizes: jax.Array) -> jax.Array:
     return 2 * (exponents(sizes) // 2)
 
 
+@jax.jit
 def near_one(gram_a: jax.Array, gram_b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns the Gram matrices of pairs `(2^-i A, 2^-j B)` whose longest columns are about 1, and i and j `(n)`."""
     i, j = (even_exponents(column_norms(gram).max(1)) for gram in (gram_a, gram_b))

@@ -64,6 +64,7 @@ def column_norms(gram: jax.Array) -> jax.Array:
     return jnp.sqrt(_diagonal(gram))
 
 
+@jax.jit
 def exact_change(gram_a: jax.Array, gram_b: jax.Array) -> Change:
     """Returns the hyper-balancing change of gauge by Cholesky factorizations and an SVD, singular values descending.
 
@@ -189,6 +190,7 @@ def select(condition: jax.Array, change: Change, other: Change) -> Change:
     return jax.tree.map(lambda x, y: jnp.where(condition.reshape(-1, *(x.ndim - 1) * (1,)), x, y), change, other)
 
 
+@jax.jit
 def refined_inverse(T: jax.Array, T_inv: jax.Array) -> jax.Array:
     """A step of Newton's method for inverses `(n, r, r)`: the product A B rests on them.
 
@@ -221,6 +223,7 @@ def rotation(change: Change, gram_a: jax.Array, gram_b: jax.Array, gauge: str) -
     return matching(overlap_a, overlap_b, change.values, column_norms(gram_a), column_norms(gram_b))
 
 
+@jax.jit
 def orthogonal_factor(matrix: jax.Array) -> jax.Array:
     """The orthogonal factors of the polar decompositions of stacked matrices `(n, k, r)`, `k <= r`."""
 
@@ -232,6 +235,7 @@ def orthogonal_factor(matrix: jax.Array) -> jax.Array:
     return lax.map(one, matrix)
 
 
+@jax.jit
 def matching(
     overlap_a: jax.Array, overlap_b: jax.Array, values: jax.Array, norm_a: jax.Array, norm_b: jax.Array
 ) -> jax.Array:

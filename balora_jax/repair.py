@@ -2,7 +2,7 @@
 
 Their Gram matrices are computed in the widest precision there is, of pairs scaled by powers of two. Where the change of
 gauge found from them began too far from balance, the pairs as it leaves them take another pass, near the identity, and
-so on until Gram matrices carry it. What no pass can carry is left as it came.
+so on until Gram matrices carry it. What no pass can carry is skipped.
 """
 
 from typing import NamedTuple

@@ -31,6 +31,7 @@ def carries(
     return grown & (condition(change, gram_a, gram_b) < most_condition * spare**0.5)
 
 
+@jax.jit
 def growth(change: Change, gram_a: jax.Array, gram_b: jax.Array) -> jax.Array:
     """Returns by how much errors of P and Q, relative to their columns' norms, are enlarged in the balanced ones `(n)`.
 
@@ -43,6 +44,7 @@ def growth(change: Change, gram_a: jax.Array, gram_b: jax.Array) -> jax.Array:
     return (share_a.sum((1, 2)) + share_b.sum((1, 2))) / (2 * change.values.sum(1))
 
 
+@jax.jit
 def condition(change: Change, gram_a: jax.Array, gram_b: jax.Array) -> jax.Array:
     """Returns the larger norm of the pseudo-inverses of A with unit columns and of B with unit rows, `(n)`.
 
@@ -59,6 +61,7 @@ def condition(change: Change, gram_a: jax.Array, gram_b: jax.Array) -> jax.Array
     return jnp.sqrt(jnp.maximum(inverse_a, inverse_b))
 
 
+@jax.jit
 def damage(change: Change, turn: jax.Array, gram_a: jax.Array, gram_b: jax.Array) -> jax.Array:
     """Returns by how much errors of `A T` and `T^-1 B`, relative to what is summed there, are enlarged in the product.
 
@@ -80,6 +83,7 @@ def damage(change: Change, turn: jax.Array, gram_a: jax.Array, gram_b: jax.Array
     return jnp.sqrt(worst / scale) / jnp.linalg.norm(share, axis=1)
 
 
+@jax.jit
 def cancellation(change: Change, gram_a: jax.Array, gram_b: jax.Array) -> jax.Array:
     """Returns by how many roundings of the old factors the product moves if the new ones are sums with them, `(n)`.
 

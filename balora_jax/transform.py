@@ -8,8 +8,8 @@ import numpy as np
 import optax
 
 from balora_jax.gauge import Gauge, Route, check_gauge, check_route
-from balora_jax.pairs import Pairs, find_pairs
-from balora_jax.projection import counts, disturbed, project
+from balora_jax.pairs import Pairs, PairSearch
+from balora_jax.projection import disturbed, project
 from balora_jax.status import COUNTED, Status, is_skipped, is_untouched
 from balora_jax.transport import check_movable, move_state
 
@@ -99,8 +99,8 @@ def balora_project(
         TypeError: `every` or `start_step` is not an integer.
 
     Notes:
-        Costs O((a + b) r^2) per pair and step. A pair whose product lacks rank, or that is not finite, is left as the
-        optimizer made it, and counted in the state. So is one that is so far from balance (factors that differ in size
+        Costs O((a + b) r^2) per pair and step. A pair whose product lacks rank, or that is not finite, is skipped: it
+        stays as the optimizer made it, and is counted in the state. So is one that is so far from balance (factors that differ in size
         by a factor of 1e4, or a gauge of condition 500) that adding the update to float32 parameters would change the
         product by more than about 3e-6; near balance it changes by 1e-7. `balance` itself takes such a pair. Keep the
         factors in float32: bfloat16 ones cannot hold a balanced pair to better than three digits.
@@ -121,7 +121,11 @@ def balora_project(
         >>> bool(balancing_gap(params["lora_a"], params["lora_b"]) < 1e-5)
         True
     """
-    init_fn, project_fn = _projection(gauge, route, every, start_step, least_ratio, pairs, transport=False)
+    find = PairSearch(pairs)
+    project_fn = _projection(find, gauge, route, every, start_step, least_ratio, transport=False)
+
+    def init_fn(params):
+        return _initial_state(params, find.at_init(params))
 
     def update_fn(updates, state, params=None):
         updates, state, _ = project_fn(updates, state, params, ())
@@ -205,14 +209,16 @@ def balora(
     """
     if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
         raise TypeError(f"inner must be an optax gradient transformation, got {inner!r}")
-    init_projection, project_fn = _projection(gauge, route, every, start_step, least_ratio, pairs, transport)
+    find = PairSearch(pairs)
+    project_fn = _projection(find, gauge, route, every, start_step, least_ratio, transport)
     if not isinstance(inner, optax.MultiSteps):  # which passes extra arguments on by itself
         inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        state = BaloraState(inner.init(params), init_projection(params))
-        if transport and jax.tree.leaves(params):
-            check_movable(state.inner, find_pairs(params, pairs))
+        found = find.at_init(params)
+        state = BaloraState(inner.init(params), _initial_state(params, found))
+        if transport:
+            check_movable(state.inner, found)
         return state
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -270,10 +276,20 @@ def check_projection(opt_state: Any) -> None:
             )
 
 
-def _projection(gauge, route, every, start_step, least_ratio, pairs, transport):
-    """The two functions behind the transformations: `init(params)`, and `project(updates, state, params, moments)`.
+def _initial_state(params, found) -> BaloraProjectState:
+    """The state before the first update."""
+    return BaloraProjectState(
+        count=jnp.zeros((), jnp.int32),
+        disturbed=jnp.zeros((), jnp.int32),
+        projected=jnp.zeros((), bool),
+        status=jnp.full(sum(found.counts(params)), Status.NO_UPDATE, jnp.int8),
+    )
 
-    The second returns new updates and state, and the moments, carried along if `transport` says so.
+
+def _projection(find, gauge, route, every, start_step, least_ratio, transport):
+    """The function behind the transformations, `project(updates, state, params, moments)`.
+
+    It returns new updates and state, and the moments, carried along if `transport` says so.
     """
     check_gauge(gauge)
     check_route(route, gauge)
@@ -281,24 +297,15 @@ def _projection(gauge, route, every, start_step, least_ratio, pairs, transport):
     _check_count("start_step", start_step, 0)
     _check_share("least_ratio", least_ratio)
     always = isinstance(every, int) and every == 1 and isinstance(start_step, int) and start_step == 0
-    pairs = pairs if pairs is None or callable(pairs) else tuple(pairs)
-
-    def init_fn(params):
-        # optax also initializes with an empty placeholder
-        n = sum(counts(params, find_pairs(params, pairs))) if jax.tree.leaves(params) else 0
-        zero, status = jnp.zeros((), jnp.int32), jnp.full(n, Status.NO_UPDATE, jnp.int8)
-        return BaloraProjectState(zero, zero, projected=jnp.zeros((), bool), status=status)
 
     def update_fn(updates, state, params, moments):
         if params is None:
             raise ValueError("the projection needs the parameters: call `update(updates, state, params)`")
-        found, count = find_pairs(params, pairs), optax.safe_increment(state.count)
+        found, count = find(params), optax.safe_increment(state.count)
 
         def projected(updates, moments):
-            new, moving, changes, status = project(
-                updates, params, found, gauge=gauge, route=route, least_ratio=least_ratio
-            )
-            return new, move_state(moments, moving, changes) if transport else moments, status
+            new, changes, status = project(updates, params, found, gauge=gauge, route=route, least_ratio=least_ratio)
+            return new, move_state(moments, found, changes) if transport else moments, status
 
         def as_they_are(updates, moments):
             return updates, moments, state.status
@@ -315,7 +322,7 @@ def _projection(gauge, route, every, start_step, least_ratio, pairs, transport):
             updates, moments, status = jax.lax.cond(due, projected, as_they_are, updates, moments)
         return updates, BaloraProjectState(count, state.disturbed + changed, due, status), moments
 
-    return init_fn, update_fn
+    return update_fn
 
 
 def _check_share(name: str, value) -> None:

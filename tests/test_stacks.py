@@ -345,6 +345,18 @@ def test_lowers_for_accelerators_at_full_precision(platform):
         assert f"tensor<{a}x{b}x" not in text
 
 
+def test_a_program_for_several_platforms_runs_on_each():
+    """TPUs among them need `jax.enable_x64`: else jax cannot lower float64 decompositions, unused ones."""
+    pair = gaussian(30, 4, 20)
+    function = jax.jit(lambda a, b: tuple(balance_pair(a, b)))
+    exported = [jax.export.export(function, platforms=("cpu", "cuda"))(*pair)]
+    with jax.enable_x64(True):
+        exported.append(jax.export.export(function, platforms=("cpu", "cuda", "tpu"))(*pair))
+    for program in exported:
+        for found, expected in zip(program.call(*pair), function(*pair), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
 def test_the_iteration_is_what_accelerators_run():
     """Only the fallback, inside a loop that runs for pairs that need it, factorises."""
     lowered = jax.jit(lambda a, b: balance(a, b)).trace(*gaussian(30, 4, 20))
