@@ -170,11 +170,8 @@ def _likeliest(found: Sequence[Reading], convention: Convention, preferred: Batc
     if len(likely) > 1 and preferred is not None:
         likely = [r for r in likely if r.stacked == _axes(preferred)] or likely
     if len(likely) > 1 and convention.matrices:
-        likely = [
-            r
-            for r in likely
-            if len(r.shape_a) == len(r.shape_b) == len(r.stacked) + 2 and isinstance(r.batch_axes, int)
-        ] or likely
+        matrices = [r for r in likely if len(r.shape_a) == len(r.shape_b) == len(r.stacked) + 2]
+        likely = [r for r in matrices if isinstance(r.batch_axes, int)] or likely
     return likely
 
 

@@ -1,5 +1,7 @@
 """Finding the LoRA pairs of any parameter tree, reading them in one layout, and writing them back.
 
+Transformations find them once for an update: a `TreePairs` reads and writes them in all trees of one structure.
+
 Which names are known says `balora_jax.naming`, how shapes are read `balora_jax.layouts`.
 """
 

@@ -100,10 +100,10 @@ def balora_project(
 
     Notes:
         Costs O((a + b) r^2) per pair and step. A pair whose product lacks rank, or that is not finite, is skipped: it
-        stays as the optimizer made it, and is counted in the state. So is one that is so far from balance (factors that differ in size
-        by a factor of 1e4, or a gauge of condition 500) that adding the update to float32 parameters would change the
-        product by more than about 3e-6; near balance it changes by 1e-7. `balance` itself takes such a pair. Keep the
-        factors in float32: bfloat16 ones cannot hold a balanced pair to better than three digits.
+        stays as the optimizer made it, and is counted in the state. So is one that is so far from balance (factors that
+        differ in size by a factor of 1e4, or a gauge of condition 500) that adding the update to float32 parameters
+        would change the product by more than about 3e-6; near balance it changes by 1e-7. `balance` itself takes such a
+        pair. Keep the factors in float32: bfloat16 ones cannot hold a balanced pair to better than three digits.
         `optax.MultiSteps` evaluates what it wraps on every mini-step; accumulating gradients before the optimizer is
         cheaper.
 
