@@ -141,5 +141,6 @@ def _first(rules: Sequence[tuple[jax.Array, Status | jax.Array]], otherwise: jax
     """The status of the first rule that holds."""
     status = otherwise
     for condition, given in reversed(rules):
-        status = jnp.where(condition, jnp.asarray(given, status.dtype), status)
+        holds = condition.astype(status.dtype)  # in a sum, as a select would ask for statuses of one sharding
+        status = holds * jnp.asarray(given, status.dtype) + (1 - holds) * status
     return status
