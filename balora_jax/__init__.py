@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from balora_jax.gauge import GAUGES, ROUTES
     from balora_jax.pairs import Pair, find_pairs, read_pairs, write_pairs
     from balora_jax.projection import balance_tree
+    from balora_jax.status import Status
     from balora_jax.transform import BaloraProjectState, BaloraState, balora, balora_project, check_projection
 
     __version__: str
@@ -25,6 +26,7 @@ __all__ = [
     "BaloraProjectState",
     "BaloraState",
     "Pair",
+    "Status",
     "balance",
     "balance_pair",
     "balance_pairs",
@@ -39,7 +41,7 @@ __all__ = [
 ]
 
 
-_HOMES = ("gauge", "balance", "pairs", "projection", "transform")
+_HOMES = ("gauge", "status", "balance", "pairs", "projection", "transform")
 
 
 class _Package(types.ModuleType):

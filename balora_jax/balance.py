@@ -14,36 +14,57 @@ import jax
 import jax.numpy as jnp
 
 from balora_jax.exponents import exponents, times_two_to
+from balora_jax.factors import Stacks, working_dtype
 from balora_jax.gauge import Gauge, Route, check_gauge, check_route
+from balora_jax.in_place import update_if
 from balora_jax.linalg import matmul, split
-from balora_jax.stacks import balance_stacks, in_place
+from balora_jax.stacks import balance_stacks
+from balora_jax.status import Status, is_skipped, is_untouched
 
 
 class Balanced(NamedTuple):
     """The outcome of `balance_pair`.
 
     Attributes:
-        lora_a: `(..., a, r)`, the new left factor.
-        lora_b: `(..., r, b)`, the new right factor.
-        change: `(..., r, r)`, the change of gauge T: the new left factor is `lora_a @ T`.
-        inverse_change: `(..., r, r)`, its inverse: the new right factor is `T^-1 @ lora_b`. The identity, like
-            `change`, where the pair was skipped. With `r > m = min(a, b)` both have rank m, and their product projects.
-        untouched: `(...)` bool, the pair was skipped: its product has numerical rank below `min(a, r, b)`, its
-            factors cancel so far that balancing would cost digits of the product, or the balanced factors or the change
-            of gauge are too large or too small for their dtype.
-        nonfinite: `(...)` bool, the pair holds a NaN or an infinity; it was skipped.
+        lora_a: `(..., a, r)`, the new A.
+        lora_b: `(..., r, b)`, the new B.
+        T: `(..., r, r)`, the change of gauge: the new A is `lora_a @ T`.
+        T_inv: `(..., r, r)`, its inverse: the new B is `T_inv @ lora_b`. Both are the identity where the pair was
+            skipped. With `r > m = min(a, b)` both have rank m, and their product projects.
+        status: `(...)` int8, what became of the pair: a `Status`.
         cancellation: `(...)` float32, by how many roundings of the old factors the product would move if the new ones
             were written as sums with them, `A + (A' - A)`, as optax does. About 1 near balance; without meaning where
             the pair was skipped.
+        ratio: `(...)` float32, the Frobenius norm of the smaller factor over that of the larger one, as they came.
     """
 
     lora_a: jax.Array
     lora_b: jax.Array
-    change: jax.Array
-    inverse_change: jax.Array
-    untouched: jax.Array
-    nonfinite: jax.Array
+    T: jax.Array
+    T_inv: jax.Array
+    status: jax.Array
     cancellation: jax.Array
+    ratio: jax.Array
+
+    @property
+    def untouched(self) -> jax.Array:
+        """`(...)` bool, the pair was skipped though it is finite."""
+        return is_untouched(self.status)
+
+    @property
+    def nonfinite(self) -> jax.Array:
+        """`(...)` bool, the pair was skipped because it holds a NaN or an infinity."""
+        return self.status == Status.NONFINITE
+
+    @property
+    def change(self) -> jax.Array:
+        """T, by its former name."""
+        return self.T
+
+    @property
+    def inverse_change(self) -> jax.Array:
+        """T_inv, by its former name."""
+        return self.T_inv
 
 
 def balance(
@@ -56,8 +77,8 @@ def balance(
     other balanced pair differs from it by one r x r rotation, which the gauge chooses.
 
     Args:
-        lora_a: `(..., a, r)` left factor, floating point.
-        lora_b: `(..., r, b)` right factor with the same leading axes.
+        lora_a: `(..., a, r)`, floating point.
+        lora_b: `(..., r, b)` with the same leading axes.
         gauge: which of the balanced pairs to return.
 
             * `"svd"`: diagonal Gram matrices; columns ordered and signed as those of the incoming pair, so that an
@@ -116,13 +137,13 @@ def balance_pair(lora_a: jax.Array, lora_b: jax.Array, *, gauge: Gauge = "svd", 
     """As `balance`, and tells the change of gauge, and which pairs were skipped and why.
 
     Args:
-        lora_a: `(..., a, r)` left factor, floating point.
-        lora_b: `(..., r, b)` right factor with the same leading axes.
+        lora_a: `(..., a, r)`, floating point.
+        lora_b: `(..., r, b)` with the same leading axes.
         gauge: as for `balance`.
         route: as for `balance`.
 
     Returns:
-        A `Balanced` with flags of the leading shape.
+        A `Balanced`.
 
     Raises:
         TypeError: as for `balance`.
@@ -154,50 +175,53 @@ def balance_pairs(
     pairs = [_checked(lora_a, lora_b) for lora_a, lora_b in pairs]
     if not pairs:
         return []
-    outcomes = changed_pairs(pairs, gauge=gauge, route=route)
-    left = [outcome.untouched | outcome.nonfinite for outcome in outcomes]
+    stacked = [(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])) for a, b in pairs]
+    outcomes = balance_factors(stacked, gauge=gauge, route=route)
+    skipped = [is_skipped(outcome.status) for outcome in outcomes]
 
-    def restored(factors):
+    def as_they_came(factors):
         return [
-            tuple(jnp.where(keep[..., None, None], old, new) for old, new in zip(pair, news, strict=True))
-            for keep, pair, news in zip(left, pairs, factors, strict=True)
+            tuple(jnp.where(stays[:, None, None], x, y) for x, y in zip(old, new, strict=True))
+            for stays, old, new in zip(skipped, stacked, factors, strict=True)
         ]
 
-    any_left = jnp.concatenate([keep.ravel() for keep in left]).any()
-    factors = in_place(any_left, restored, [outcome[:2] for outcome in outcomes])
-    return [outcome._replace(lora_a=a, lora_b=b) for outcome, (a, b) in zip(outcomes, factors, strict=True)]
+    factors = update_if(jnp.concatenate(skipped).any(), as_they_came, [outcome[:2] for outcome in outcomes])
+    results = []
+    for (lora_a, _), outcome, new in zip(pairs, outcomes, factors, strict=True):
+        leading = lora_a.shape[:-2]
+        results.append(Balanced(*(x.reshape(*leading, *x.shape[1:]) for x in (*new, *outcome[2:]))))
+    return results
 
 
-def changed_pairs(pairs: Sequence[tuple[jax.Array, jax.Array]], *, gauge: str, route: str) -> list[Balanced]:
-    """As `balance_pairs` of checked arguments, but the factors of pairs that are left need not be as they came.
+def balance_factors(pairs: Sequence[tuple[jax.Array, jax.Array]], *, gauge: str, route: str) -> list[Balanced]:
+    """As `balance_pairs` of factors `(n, a, r)` and `(n, r, b)`, but those of skipped pairs need not be as they came.
 
     Args:
-        pairs: `(lora_a (..., a, r), lora_b (..., r, b))` each.
-        gauge: as for `balance`.
-        route: as for `balance`.
+        pairs: `(lora_a (n, a, r), lora_b (n, r, b))` each, floating point.
+        gauge: as for `balance`, checked.
+        route: as for `balance`, checked.
     """
     pairs = _without_derivative(list(pairs))
     groups: dict[tuple, list[int]] = {}
-    results: list[Balanced | None] = [None] * len(pairs)
     for i, (lora_a, lora_b) in enumerate(pairs):
-        rank, wide = lora_a.shape[-1], jnp.dtype(working_dtype(lora_a, lora_b))
-        alone = i if rank > min(lora_a.shape[-2], lora_b.shape[-1]) else None
-        groups.setdefault((rank, wide, alone), []).append(i)
-    for (_, wide, _), members in groups.items():
-        lefts = [pairs[i][0].reshape(-1, *pairs[i][0].shape[-2:]).astype(wide) for i in members]
-        rights = [pairs[i][1].reshape(-1, *pairs[i][1].shape[-2:]).astype(wide) for i in members]
-        new_lefts, new_rights, *over_pairs = balance_stacks(lefts, rights, gauge, route)
-        for i, *new in zip(members, new_lefts, new_rights, *(split(x, lefts) for x in over_pairs), strict=True):
-            results[i] = _rounded(pairs[i], Balanced(*new))
-    return results  # type: ignore[return-value]
+        rank = lora_a.shape[2]
+        alone = i if rank > min(lora_a.shape[1], lora_b.shape[2]) else None
+        groups.setdefault((rank, jnp.dtype(working_dtype(lora_a, lora_b)), alone), []).append(i)
+    results: dict[int, Balanced] = {}
+    for members in groups.values():
+        stacks = Stacks([pairs[i][0] for i in members], [pairs[i][1] for i in members])
+        (new_a, new_b), *over_pairs = balance_stacks(stacks, gauge, route)
+        parts = (split(x, stacks.lora_a) for x in over_pairs)
+        results |= {i: Balanced(*new) for i, *new in zip(members, new_a, new_b, *parts, strict=True)}
+    return [results[i] for i in range(len(pairs))]
 
 
 def balancing_gap(lora_a: jax.Array, lora_b: jax.Array, *, relative: bool = True) -> jax.Array:
     """Returns how far a pair is from balance: `||A^T A - B B^T||_F / (||A^T A||_F + ||B B^T||_F)`.
 
     Args:
-        lora_a: `(..., a, r)` left factor, floating point.
-        lora_b: `(..., r, b)` right factor with the same leading axes.
+        lora_a: `(..., a, r)`, floating point.
+        lora_b: `(..., r, b)` with the same leading axes.
         relative: whether to divide by the size of the Gram matrices, which gives a number between 0 (balanced) and 1
             (one factor vanishes against the other).
 
@@ -225,11 +249,6 @@ def balancing_gap(lora_a: jax.Array, lora_b: jax.Array, *, relative: bool = True
     if relative:
         return jnp.where(size == 0, 0, gap / jnp.where(size == 0, 1, size))
     return times_two_to(gap, 2 * exponent)
-
-
-def working_dtype(*arrays: jax.Array) -> jax.typing.DTypeLike:
-    """Returns the dtype of the arithmetic on some arrays: float64 if one of them is, else float32."""
-    return jnp.float64 if any(array.dtype == jnp.float64 for array in arrays) else jnp.float32
 
 
 def _checked(lora_a, lora_b) -> tuple[jax.Array, jax.Array]:
@@ -262,33 +281,4 @@ def _(primals, tangents):
     raise TypeError(
         "balance has no derivative: it is meant for after the update, not for inside the loss; "
         "to treat its result as constant, apply jax.lax.stop_gradient to the factors first"
-    )
-
-
-def _rounded(pair, balanced):
-    """The outcome for flattened pairs in the shapes and dtypes of the incoming ones."""
-    lora_a, lora_b = pair
-    leading = lora_a.shape[:-2]
-    new_a, new_b = balanced.lora_a.astype(lora_a.dtype), balanced.lora_b.astype(lora_b.dtype)
-    untouched = balanced.untouched
-    change, inverse = balanced.change, balanced.inverse_change
-    if any(jnp.finfo(new.dtype).max < jnp.finfo(change.dtype).max for new in (new_a, new_b)):
-        unheld = jnp.zeros(untouched.shape, bool)
-        for new in (new_a, new_b):
-            largest = jnp.abs(new).max((-2, -1))
-            unheld |= ~jnp.isfinite(largest) | (largest < jnp.finfo(new.dtype).tiny)
-        unheld &= ~(untouched | balanced.nonfinite)
-        keep, identity = unheld[:, None, None], jnp.eye(change.shape[-1], dtype=change.dtype)[None]
-        new_a = jnp.where(keep, lora_a.reshape(new_a.shape), new_a)
-        new_b = jnp.where(keep, lora_b.reshape(new_b.shape), new_b)
-        change, inverse = jnp.where(keep, identity, change), jnp.where(keep, identity, inverse)
-        untouched = untouched | unheld
-    return Balanced(
-        new_a.reshape(lora_a.shape),
-        new_b.reshape(lora_b.shape),
-        change.reshape(*leading, *change.shape[1:]),
-        inverse.reshape(*leading, *inverse.shape[1:]),
-        untouched.reshape(leading),
-        balanced.nonfinite.reshape(leading),
-        balanced.cancellation.reshape(leading),
     )

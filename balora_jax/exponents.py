@@ -13,6 +13,7 @@ from balora_jax.gauge import Change, column_norms
 _LARGEST_SHARE = 30
 
 
+@jax.jit
 def times_two_to(x: jax.Array, exponent: jax.Array) -> jax.Array:
     """Returns `x 2^k`, exactly where the dtype (float32 or float64) can hold it.
 
@@ -35,6 +36,7 @@ def even_exponents(sizes: jax.Array) -> jax.Array:
     return 2 * (exponents(sizes) // 2)
 
 
+@jax.jit
 def near_one(gram_a: jax.Array, gram_b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns the Gram matrices of pairs `(2^-i A, 2^-j B)` whose longest columns are about 1, and i and j `(n)`."""
     i, j = (even_exponents(column_norms(gram).max(1)) for gram in (gram_a, gram_b))
@@ -44,8 +46,8 @@ def near_one(gram_a: jax.Array, gram_b: jax.Array) -> tuple[jax.Array, jax.Array
 def of_unscaled(change: Change, i: jax.Array, j: jax.Array) -> Change:
     """Returns the change of gauge of pairs from that of the pairs `(2^-i A, 2^-j B)`."""
     half = ((j - i) // 2)[:, None, None]
-    forward, inverse = times_two_to(change.forward, half), times_two_to(change.inverse, -half)
-    return change._replace(forward=forward, inverse=inverse, values=times_two_to(change.values, (i + j)[:, None]))
+    T, T_inv = times_two_to(change.T, half), times_two_to(change.T_inv, -half)
+    return change._replace(T=T, T_inv=T_inv, values=times_two_to(change.values, (i + j)[:, None]))
 
 
 def at_one_scale(change: Change, gram_a: jax.Array, gram_b: jax.Array, i: jax.Array, j: jax.Array):
@@ -55,8 +57,8 @@ def at_one_scale(change: Change, gram_a: jax.Array, gram_b: jax.Array, i: jax.Ar
     both factors can tell it.
     """
     half = jnp.clip((j - i) // 2, -_LARGEST_SHARE, _LARGEST_SHARE)[:, None, None]
-    forward, inverse = times_two_to(change.forward, half), times_two_to(change.inverse, -half)
-    change = change._replace(forward=forward, inverse=inverse)
+    T, T_inv = times_two_to(change.T, half), times_two_to(change.T_inv, -half)
+    change = change._replace(T=T, T_inv=T_inv)
     return change, times_two_to(gram_a, -2 * half), times_two_to(gram_b, 2 * half)
 
 

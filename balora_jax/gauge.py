@@ -5,7 +5,7 @@ A pair `(A, B)` with `P = A^T A` and `Q = B B^T` becomes `(A T, T^-1 B)`. `T` ba
 there:
 
 * *exact*: Cholesky factors `P = L_A L_A^T`, `Q = L_B L_B^T`, the SVD `L_A^T L_B = U S V^T`, and then
-  `T = L_B V S^-1/2`, `T^-1 = S^-1/2 U^T L_A^T` (square-root balancing of control theory; no inverse is formed).
+  `T = L_B V S^-1/2`, `T^-1 = S^-1/2 U^T L_A^T` (square-root balancing of control theory; nothing is inverted).
 * *iterative*: matrix products and elementwise work only. Every entry pair (i, j) of the correction is the Jacobi
   rotation that would diagonalize `(P + Q) / 2` there plus the smallest symmetric move that would cancel `P - Q`, and
   all entries move at once. It converges quadratically from a nearly hyper-balanced pair, as a training step leaves it.
@@ -35,14 +35,14 @@ class Change(NamedTuple):
     """A change of gauge for each of n pairs.
 
     Attributes:
-        forward: `(n, r, r)`, T.
-        inverse: `(n, r, r)`, T^-1.
+        T: `(n, r, r)`, T.
+        T_inv: `(n, r, r)`, T^-1.
         values: `(n, r)`, the singular values of A B: the squared norms of the columns of A T, in their order.
         found: `(n)` bool, whether the route found T.
     """
 
-    forward: jax.Array
-    inverse: jax.Array
+    T: jax.Array
+    T_inv: jax.Array
     values: jax.Array
     found: jax.Array
 
@@ -64,6 +64,7 @@ def column_norms(gram: jax.Array) -> jax.Array:
     return jnp.sqrt(_diagonal(gram))
 
 
+@jax.jit
 def exact_change(gram_a: jax.Array, gram_b: jax.Array) -> Change:
     """Returns the hyper-balancing change of gauge by Cholesky factorizations and an SVD, singular values descending.
 
@@ -94,9 +95,9 @@ def exact_change(gram_a: jax.Array, gram_b: jax.Array) -> Change:
     )
     lower_a, lower_b, u, s, vt, found = lax.map(decompose, (scaled_a, scaled_b, norm_a * norm_b))
     root = jnp.sqrt(jnp.where(found[:, None], s, 1))
-    forward = norm_b[:, :, None] * matmul(lower_b, vt.mT / root[:, None, :])
-    inverse = matmul(u.mT / root[:, :, None], lower_a.mT) * norm_a[:, None, :]
-    return _polished(Change(forward, inverse, root**2, found & usable), gram_a, gram_b)
+    T = norm_b[:, :, None] * matmul(lower_b, vt.mT / root[:, None, :])
+    T_inv = matmul(u.mT / root[:, :, None], lower_a.mT) * norm_a[:, None, :]
+    return _polished(Change(T, T_inv, root**2, found & usable), gram_a, gram_b)
 
 
 def _polished(change, gram_a, gram_b):
@@ -104,13 +105,13 @@ def _polished(change, gram_a, gram_b):
 
     An SVD finds small singular values to the rounding of the largest alone; here each column's is what counts.
     """
-    forward, inverse = change.forward, change.inverse
-    inverse = refined_inverse(forward, inverse)
-    p, q = _congruent(gram_a, forward), _congruent(gram_b, inverse.mT)
+    T, T_inv = change.T, change.T_inv
+    T_inv = refined_inverse(T, T_inv)
+    p, q = _congruent(gram_a, T), _congruent(gram_b, T_inv.mT)
     w = (_diagonal(p) + _diagonal(q)) / 2
     step = _shortened((q - p) / (2 * (w[:, :, None] + w[:, None, :])), jnp.finfo(p.dtype).eps ** 0.25)
     even = jnp.eye(step.shape[-1], dtype=step.dtype)[None] + matmul(step, step) / 2
-    return change._replace(forward=matmul(forward, even + step), inverse=matmul(even - step, inverse))
+    return change._replace(T=matmul(T, even + step), T_inv=matmul(even - step, T_inv))
 
 
 def iterative_change(gram_a: jax.Array, gram_b: jax.Array) -> Change:
@@ -133,8 +134,8 @@ def iterative_change(gram_a: jax.Array, gram_b: jax.Array) -> Change:
     upper = jnp.triu(jnp.ones((1, rank, rank), dtype), 1)
     sense = upper - upper.mT  # of the rotation between two equal values
 
-    def grams(forward, inverse):
-        return _congruent(gram_a, forward), _congruent(gram_b, inverse.mT)
+    def grams(T, T_inv):
+        return _congruent(gram_a, T), _congruent(gram_b, T_inv.mT)
 
     def correction(p, q):
         w = (_diagonal(p) + _diagonal(q)) / 2
@@ -154,12 +155,12 @@ def iterative_change(gram_a: jax.Array, gram_b: jax.Array) -> Change:
         return (steps < _MOST_STEPS) & (error > 4 * rounding).any()  # false for the NaN of a pair that broke
 
     def improve(carry):
-        steps, forward, inverse, _ = carry
-        step, error = correction(*grams(forward, inverse))
+        steps, T, T_inv, _ = carry
+        step, error = correction(*grams(T, T_inv))
         square = matmul(step, step)
         odd, even = step + matmul(square, step) / 6, identity + square / 2
-        forward, inverse = matmul(forward, even + odd), matmul(even - odd, inverse)
-        return steps + 1, forward, refined_inverse(forward, inverse), error
+        T, T_inv = matmul(T, even + odd), matmul(even - odd, T_inv)
+        return steps + 1, T, refined_inverse(T, T_inv), error
 
     norm_a, norm_b = column_norms(gram_a), column_norms(gram_b)
     usable = _positive(norm_a) & _positive(norm_b)
@@ -170,11 +171,11 @@ def iterative_change(gram_a: jax.Array, gram_b: jax.Array) -> Change:
         identity / stretch[:, :, None],
         jnp.where(usable, jnp.inf, jnp.nan).astype(dtype),
     )
-    _, forward, inverse, error = lax.while_loop(unfinished, improve, start)
-    p, q = grams(forward, inverse)
+    _, T, T_inv, error = lax.while_loop(unfinished, improve, start)
+    p, q = grams(T, T_inv)
     balanced = _norm(q - p) <= 8 * jnp.finfo(dtype).eps * _norm(p)
     values = _diagonal(p)
-    return Change(forward, inverse, values, balanced & (error <= 4 * rounding) & _positive(values))
+    return Change(T, T_inv, values, balanced & (error <= 4 * rounding) & _positive(values))
 
 
 def identity_change(gram: jax.Array) -> Change:
@@ -183,26 +184,24 @@ def identity_change(gram: jax.Array) -> Change:
     return Change(identity, identity, jnp.ones(gram.shape[:2], gram.dtype), jnp.zeros(gram.shape[:1], bool))
 
 
-def chosen(condition: jax.Array, change: Change, other: Change) -> Change:
+def select(condition: jax.Array, change: Change, other: Change) -> Change:
     """One change where a condition `(n)` holds, another elsewhere."""
 
-    def choose(x, y):
-        return jnp.where(condition.reshape(-1, *(x.ndim - 1) * (1,)), x, y)
-
-    return jax.tree.map(choose, change, other)
+    return jax.tree.map(lambda x, y: jnp.where(condition.reshape(-1, *(x.ndim - 1) * (1,)), x, y), change, other)
 
 
-def refined_inverse(forward: jax.Array, inverse: jax.Array) -> jax.Array:
+@jax.jit
+def refined_inverse(T: jax.Array, T_inv: jax.Array) -> jax.Array:
     """A step of Newton's method for inverses `(n, r, r)`: the product A B rests on them.
 
     `T^-1 T` is what must be rounded, not `T T^-1`: its errors meet the balanced factors, which are well-conditioned.
     """
-    return 2 * inverse - matmul(matmul(inverse, forward), inverse)
+    return 2 * T_inv - matmul(matmul(T_inv, T), T_inv)
 
 
 def turned(change: Change, turn: jax.Array) -> Change:
     """The change followed by a rotation `(n, r, r)` of the balanced pairs."""
-    return change._replace(forward=matmul(change.forward, turn), inverse=matmul(turn.mT, change.inverse))
+    return change._replace(T=matmul(change.T, turn), T_inv=matmul(turn.mT, change.T_inv))
 
 
 def rotation(change: Change, gram_a: jax.Array, gram_b: jax.Array, gauge: str) -> jax.Array:
@@ -217,14 +216,15 @@ def rotation(change: Change, gram_a: jax.Array, gram_b: jax.Array, gauge: str) -
     if gauge == "raw_svd":
         return jnp.broadcast_to(jnp.eye(gram_a.shape[-1], dtype=gram_a.dtype), gram_a.shape)
     if gauge == "symmetric":
-        return polar(change.forward).mT
-    overlap_a, overlap_b = matmul(change.forward.mT, gram_a), matmul(change.inverse, gram_b)
+        return orthogonal_factor(change.T).mT
+    overlap_a, overlap_b = matmul(change.T.mT, gram_a), matmul(change.T_inv, gram_b)
     if gauge == "nearest":
-        return polar(overlap_a + overlap_b)
+        return orthogonal_factor(overlap_a + overlap_b)
     return matching(overlap_a, overlap_b, change.values, column_norms(gram_a), column_norms(gram_b))
 
 
-def polar(matrix: jax.Array) -> jax.Array:
+@jax.jit
+def orthogonal_factor(matrix: jax.Array) -> jax.Array:
     """The orthogonal factors of the polar decompositions of stacked matrices `(n, k, r)`, `k <= r`."""
 
     def one(matrix):
@@ -235,6 +235,7 @@ def polar(matrix: jax.Array) -> jax.Array:
     return lax.map(one, matrix)
 
 
+@jax.jit
 def matching(
     overlap_a: jax.Array, overlap_b: jax.Array, values: jax.Array, norm_a: jax.Array, norm_b: jax.Array
 ) -> jax.Array:

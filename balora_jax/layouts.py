@@ -20,11 +20,11 @@ class Reading:
     """One way to read two leaves as pairs.
 
     Attributes:
-        shape_a: of the left leaf.
-        shape_b: of the right leaf.
+        shape_a: of the leaf of A.
+        shape_b: of the leaf of B.
         stacked: the axes, the same in both leaves, that stack pairs.
-        rank_axes: the axes of the rank, in the left leaf and in the right one.
-        transposed: whether the rank comes before the long side in the left leaf, and after it in the right one.
+        rank_axes: the axes of the rank, in the leaf of A and in that of B.
+        transposed: whether the rank comes before the long side in the leaf of A, and after it in that of B.
     """
 
     shape_a: Shape
@@ -78,8 +78,8 @@ def readings(shape_a: Shape, shape_b: Shape, *, transposed: bool) -> list[Readin
     """Returns the readings of two shapes in one layout that differ in meaning.
 
     Args:
-        shape_a: of the left leaf: `(..., in, r)`, or `(..., r, in)` if transposed.
-        shape_b: of the right leaf: `(..., r, out)`, or `(..., out, r)`. In the place of `in` and `out` there may be
+        shape_a: of the leaf of A: `(..., in, r)`, or `(..., r, in)` if transposed.
+        shape_b: of the leaf of B: `(..., r, out)`, or `(..., out, r)`. In the place of `in` and `out` there may be
             several axes, and axes of size 1 beside the rank, as in the factors of a convolution: `(3, 3, in, r)` and
             `(1, 1, r, out)`, or `(r, in, 3, 3)` and `(out, r, 1, 1)`.
         transposed: which layout.
@@ -97,14 +97,14 @@ def read_as(shape_a: Shape, shape_b: Shape, batch_axes: BatchAxes, *, transposed
     stacked = _axes(batch_axes)
     if any(i >= min(len(shape_a), len(shape_b)) or shape_a[i] != shape_b[i] for i in stacked):
         return None
-    left, right = ([i for i in range(len(shape)) if i not in stacked] for shape in (shape_a, shape_b))
-    if min(len(left), len(right)) < 2 or (transposed and len(left) != len(right)):
+    rest_a, rest_b = ([i for i in range(len(shape)) if i not in stacked] for shape in (shape_a, shape_b))
+    if min(len(rest_a), len(rest_b)) < 2 or (transposed and len(rest_a) != len(rest_b)):
         return None
-    axis_a = left[0] if transposed else left[-1]
+    axis_a = rest_a[0] if transposed else rest_a[-1]
     if transposed:  # the rank is the second axis, then there are only axes of size 1
-        candidates = right[1:2] if all(shape_b[i] == 1 for i in right[2:]) else []
+        candidates = rest_b[1:2] if all(shape_b[i] == 1 for i in rest_b[2:]) else []
     else:  # the rank comes first, or after axes of size 1 alone
-        candidates = [i for i in right[:-1] if all(shape_b[j] == 1 for j in right if j < i)]
+        candidates = [i for i in rest_b[:-1] if all(shape_b[j] == 1 for j in rest_b if j < i)]
     axis_b = next((i for i in candidates if shape_b[i] == shape_a[axis_a]), None)
     return None if axis_b is None else Reading(shape_a, shape_b, stacked, (axis_a, axis_b), transposed)
 
@@ -121,8 +121,8 @@ def the_reading(
     """Returns the one reading that is meant.
 
     Args:
-        shape_a: of the left leaf.
-        shape_b: of the right leaf.
+        shape_a: of the leaf of A.
+        shape_b: of the leaf of B.
         convention: what the names say, if nothing else is said.
         transposed: the layout, or None.
         batch_axes: the stacking axes, or None.
@@ -143,8 +143,8 @@ def the_reading(
     if transposed is None and not (convention.named and own[0].plausible):
         others = readings(shape_a, shape_b, transposed=not layout)
         rivals += [other for other in others if other.plausible and other.meaning != own[0].meaning]
-    if convention.matrices and batch_axes is None and preferred is None and _may_share_left(shape_a, shape_b):
-        rivals += [f"{shape_b[0]} right factors that share one left factor, which cannot be balanced"]
+    if convention.matrices and batch_axes is None and preferred is None and _may_share_a(shape_a, shape_b):
+        rivals += [f"{shape_b[0]} factors B that share one A, which cannot be balanced"]
     if len(own) > 1 or rivals:
         raise ValueError(
             f"can be read in several ways that give different products, got {shape_a} and {shape_b}: "
@@ -165,19 +165,18 @@ def _stackings(shape_a: Shape, shape_b: Shape) -> Iterator[tuple[int, ...]]:
 
 
 def _likeliest(found: Sequence[Reading], convention: Convention, preferred: BatchAxes | None) -> list[Reading]:
-    """Of several readings of one layout, those that are left after each reason to choose; all if it leaves none."""
-    left = list(found)
-    if len(left) > 1 and preferred is not None:
-        left = [r for r in left if r.stacked == _axes(preferred)] or left
-    if len(left) > 1 and convention.matrices:
-        left = [
-            r for r in left if len(r.shape_a) == len(r.shape_b) == len(r.stacked) + 2 and isinstance(r.batch_axes, int)
-        ] or left
-    return left
+    """Of several readings of one layout, those that remain after each reason to choose; all if none remains."""
+    likely = list(found)
+    if len(likely) > 1 and preferred is not None:
+        likely = [r for r in likely if r.stacked == _axes(preferred)] or likely
+    if len(likely) > 1 and convention.matrices:
+        matrices = [r for r in likely if len(r.shape_a) == len(r.shape_b) == len(r.stacked) + 2]
+        likely = [r for r in matrices if isinstance(r.batch_axes, int)] or likely
+    return likely
 
 
-def _may_share_left(shape_a: Shape, shape_b: Shape) -> bool:
-    """Whether a matrix could be the left factor of each matrix of a stack, and not of what the stack is read as."""
+def _may_share_a(shape_a: Shape, shape_b: Shape) -> bool:
+    """Whether a matrix could be the A of each matrix of a stack, and not of what the stack is read as."""
     return len(shape_a) == 2 and len(shape_b) == 3 and shape_b[0] == shape_b[1] == shape_a[1] > 1
 
 

@@ -21,7 +21,7 @@ def product(left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def gram(factor: jax.Array, side: int) -> jax.Array:
-    """The stacked Gram matrices of left factors `(n, a, r)` (side 0) or of right ones `(n, r, b)` (side 1)."""
+    """The stacked Gram matrices of stacked `lora_a (n, a, r)` (side 0) or `lora_b (n, r, b)` (side 1)."""
     if factor.shape[0] == 1:
         matrix = lax.squeeze(factor, [0])
         return (matmul(matrix, matrix.T) if side else matmul(matrix.T, matrix))[None]

@@ -62,7 +62,7 @@ class _Factor(NamedTuple):
 
 
 def pair_up(tree: Any, leaves: Mapping[Any, Any]) -> list[NamedPair]:
-    """Pairs the leaves whose names differ in the factor's side alone, in the order of the left factors.
+    """Pairs the leaves whose names differ in the factor's side alone, in the order of their `lora_a`.
 
     Args:
         tree: the parameters.

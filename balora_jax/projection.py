@@ -1,4 +1,4 @@
-"""Balancing whole trees: the projection of an update, what becomes of each pair, and a tree once for all."""
+"""Balancing whole trees: the projection of an update, and a tree once for all."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -6,29 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from balora_jax.balance import Balanced, balance_pairs, changed_pairs, working_dtype
+from balora_jax.balance import Balanced, balance_factors, balance_pairs
+from balora_jax.factors import working_dtype
 from balora_jax.gauge import Gauge, Route
-from balora_jax.pairs import Pair, Pairs, find_pairs, read_pairs, write_pairs
-from balora_jax.trees import is_masked, leaves_by_path, path_text
-
-
-class Fate(NamedTuple):
-    """What became of n pairs, `(n)` bool each.
-
-    Attributes:
-        balanced: it was balanced.
-        nonfinite: it was skipped: it holds a NaN or an infinity.
-        untouched: it was skipped for another reason: its product lacks rank, it is too far from balance to be carried
-            there by an update, or one of the next two.
-        waiting: one factor is still too small beside the other, or zero.
-        frozen: one factor has no update, though neither is zero, and is taken to be frozen.
-    """
-
-    balanced: jax.Array
-    nonfinite: jax.Array
-    untouched: jax.Array
-    waiting: jax.Array
-    frozen: jax.Array
+from balora_jax.pairs import Pairs, TreePairs
+from balora_jax.status import Status, is_skipped, status_of_update
+from balora_jax.trees import path_text
 
 
 class Projected(NamedTuple):
@@ -36,15 +19,13 @@ class Projected(NamedTuple):
 
     Attributes:
         updates: the tree of new updates.
-        pairs: those that have updates.
-        changes: T and T^-1 `(n, r, r)` of each of them, the identity where a pair was skipped.
-        fate: of all pairs, those without updates too, one after the other.
+        changes: T and T^-1 `(n, r, r)` of each pair, the identity where it was skipped; None without updates.
+        status: `(N)` int8 of all stacked pairs, one after the other.
     """
 
     updates: Any
-    pairs: list[Pair]
-    changes: list[tuple[jax.Array, jax.Array]]
-    fate: Fate
+    changes: list[tuple[jax.Array, jax.Array] | None]
+    status: jax.Array
 
 
 def balance_tree(params: Any, *, pairs: Pairs | None = None, gauge: Gauge = "svd", route: Route = "auto") -> Any:
@@ -76,19 +57,19 @@ def balance_tree(params: Any, *, pairs: Pairs | None = None, gauge: Gauge = "svd
         >>> bool(balancing_gap(up["lora_a"], up["lora_b"]) < 1e-6)
         True
     """
-    found = find_pairs(params, pairs)
-    return write_pairs(params, found, balance_pairs(read_pairs(params, found), gauge=gauge, route=route))
+    found = TreePairs.of(params, pairs)
+    return found.write(params, balance_pairs(found.read(params), gauge=gauge, route=route))
 
 
 def project(
-    updates: Any, params: Any, pairs: Sequence[Pair], *, gauge: str, route: str, least_ratio: jax.typing.ArrayLike
+    updates: Any, params: Any, pairs: TreePairs, *, gauge: str, route: str, least_ratio: jax.typing.ArrayLike
 ) -> Projected:
     """Returns updates that lead to the balanced pairs of `params + updates`.
 
     Args:
         updates: a tree of the structure of `params`; both factors of a pair may be None or masked.
         params: the parameters.
-        pairs: from `find_pairs` of the parameters.
+        pairs: those of the parameters.
         gauge: as for `balance`.
         route: as for `balance`.
         least_ratio: as for `balora_project`.
@@ -97,95 +78,79 @@ def project(
         ValueError: one factor of a pair has an update and the other has none.
     """
     moving = _with_updates(pairs, updates)
-    old, steps = read_pairs(params, moving), read_pairs(updates, moving)
-    sums = [tuple(map(_add_wide, factors, step)) for factors, step in zip(old, steps, strict=True)]
-    outcomes = changed_pairs(sums, gauge=gauge, route=route)
-    new_steps, changes, fates = [], [], {}
-    for pair, factors, step, new in zip(moving, old, steps, outcomes, strict=True):
-        fate = fates[pair.path_a] = _fate(new, factors, step, least_ratio)
-        balanced = fate.balanced[:, None, None]
-        news = zip(step, (new.lora_a, new.lora_b), factors, strict=True)
-        new_steps.append(tuple(jnp.where(balanced, (x - p.astype(x.dtype)).astype(u.dtype), u) for u, x, p in news))
-        identity = jnp.eye(new.change.shape[-1], dtype=new.change.dtype)[None]
-        changes.append((jnp.where(balanced, new.change, identity), jnp.where(balanced, new.inverse_change, identity)))
-    every = [fates.get(pair.path_a) or _no_fate(n) for pair, n in zip(pairs, counts(params, pairs), strict=True)]
-    fate = jax.tree.map(lambda *parts: jnp.concatenate(parts), *every)
-    return Projected(write_pairs(updates, moving, new_steps), moving, changes, fate)
+    trained = pairs.only(moving)
+    old, steps = trained.read(params), trained.read(updates)
+    sums = [(_add_wide(a, u), _add_wide(b, v)) for (a, b), (u, v) in zip(old, steps, strict=True)]
+    outcomes = balance_factors(sums, gauge=gauge, route=route)
+    new_steps, changes, statuses = [], [], []
+    for factors, step, new in zip(old, steps, outcomes, strict=True):
+        status = _status(new, factors, step, least_ratio)
+        skipped, identity = is_skipped(status)[:, None, None], jnp.eye(new.T.shape[-1], dtype=new.T.dtype)[None]
+        news = zip(step, new[:2], factors, strict=True)
+        new_steps.append(tuple(jnp.where(skipped, u, (x - p.astype(x.dtype)).astype(u.dtype)) for u, x, p in news))
+        changes.append((jnp.where(skipped, identity, new.T), jnp.where(skipped, identity, new.T_inv)))
+        statuses.append(status)
+    rest = [jnp.full(n, Status.NO_UPDATE, jnp.int8) for n in pairs.counts(params)]
+    every = _in_places(statuses, moving, rest)
+    return Projected(
+        trained.write(updates, new_steps), _in_places(changes, moving, len(moving) * [None]), jnp.concatenate(every)
+    )
 
 
-def disturbed(params: Any, pairs: Sequence[Pair], balanced: jax.Array) -> jax.Array:
-    """Returns which of the pairs `(n)` that were left balanced are not so any more, by the norms of their columns.
+def disturbed(params: Any, pairs: TreePairs, balanced: jax.Array) -> jax.Array:
+    """Returns which of the pairs `(n)` that were balanced are not so any more, by the norms of their columns.
 
     Rounding of the factors to their dtype leaves a gap of some of its precision; the root of it is called unbalanced.
 
     Args:
         params: the parameters.
-        pairs: from `find_pairs` of them.
+        pairs: those of the parameters.
         balanced: `(n)` bool, the pairs to look at.
     """
 
     def uneven(lora_a, lora_b):
         wide, precision = working_dtype(lora_a, lora_b), max(_eps(lora_a), _eps(lora_b))
-        left, right = (jnp.square(x.astype(wide)).sum(axis) for x, axis in ((lora_a, 1), (lora_b, 2)))
-        return jnp.linalg.norm(left - right, axis=1) > precision**0.5 * jnp.linalg.norm(left + right, axis=1)
+        in_a, in_b = (jnp.square(x.astype(wide)).sum(axis) for x, axis in ((lora_a, 1), (lora_b, 2)))
+        return jnp.linalg.norm(in_a - in_b, axis=1) > precision**0.5 * jnp.linalg.norm(in_a + in_b, axis=1)
 
-    return balanced & jnp.concatenate([uneven(*factors) for factors in read_pairs(params, pairs)])
-
-
-def counts(params: Any, pairs: Sequence[Pair]) -> list[int]:
-    """Returns how many pairs each of them stacks."""
-    return [lora_a.shape[0] for lora_a, _ in jax.eval_shape(lambda tree: read_pairs(tree, pairs), params)]
+    return balanced & jnp.concatenate([uneven(*factors) for factors in pairs.read(params)])
 
 
-def _with_updates(pairs: Sequence[Pair], updates: Any) -> list[Pair]:
-    """The pairs whose factors have updates; None and masked nodes stand for parameters that stay as they are."""
-    present = {path for path, leaf in leaves_by_path(updates).items() if not is_masked(leaf)}
-    for pair in pairs:
-        for path, partner in ((pair.path_a, pair.path_b), (pair.path_b, pair.path_a)):
-            if path in present and partner not in present:
-                raise ValueError(
-                    f"updates hold none for {path_text(partner)}, but one for its partner {path_text(path)}: balancing "
-                    f"moves both factors of a pair, so both must be trained"
-                )
-    return [pair for pair in pairs if pair.path_a in present]
+def _with_updates(pairs: TreePairs, updates: Any) -> list[bool]:
+    """Which pairs have updates; None and masked nodes stand for parameters that stay as they are."""
+    moving = []
+    for pair, (step_a, step_b) in zip(pairs.pairs, pairs.leaves(updates), strict=True):
+        if (step_a is None) != (step_b is None):
+            path, partner = (pair.path_a, pair.path_b)[:: 1 if step_b is None else -1]
+            raise ValueError(
+                f"updates hold none for {path_text(partner)}, but one for its partner {path_text(path)}: balancing "
+                f"moves both factors of a pair, so both must be trained"
+            )
+        moving.append(step_a is not None)
+    return moving
 
 
-def _fate(new: Balanced, factors, step, least_ratio: jax.typing.ArrayLike) -> Fate:
-    """What becomes of stacked pairs that balancing would take to `new`."""
+def _in_places(some: Sequence[Any], places: Sequence[bool], others: Sequence[Any]) -> list[Any]:
+    """What belongs to some pairs at their places among all, and other things at the other places."""
+    remaining = iter(some)
+    return [next(remaining) if here else other for here, other in zip(places, others, strict=True)]
+
+
+def _status(new: Balanced, factors, step, least_ratio: jax.typing.ArrayLike) -> jax.Array:
+    """The status of stacked pairs that balancing would take to `new`."""
     moves_a, moves_b, has_a, has_b = ((x != 0).any((1, 2)) for x in (*step, *factors))
     # also where the gradient of a factor is zero because its partner is, or because nothing reaches the pair: a fresh
     # expert without tokens, of which weight decay moves A alone
-    still = moves_a != moves_b
-    frozen = still & has_a & has_b & ~new.nonfinite
-    lost = new.untouched | _rounded_away(new, *factors)
-    waiting = (still | _waits(factors, step, least_ratio)) & ~(frozen | lost | new.nonfinite)
-    untouched = (frozen | lost | waiting) & ~new.nonfinite
-    return Fate(~(untouched | new.nonfinite), new.nonfinite, untouched, waiting, frozen)
-
-
-def _no_fate(n: int) -> Fate:
-    """Of pairs without updates."""
-    return Fate(*(jnp.zeros(n, bool) for _ in Fate._fields))
-
-
-def _rounded_away(new: Balanced, *factors) -> jax.Array:
-    """Whether `old + (new - old)` would cost the product a third of its digits (3e-6 in float32), `(n,)`."""
-    return ~(new.cancellation < 0.4 * max(map(_eps, factors)) ** (-1 / 3))
-
-
-def _waits(factors, step, least_ratio: jax.typing.ArrayLike) -> jax.Array:
-    """Whether the smaller factor's norm after the step is below this share of the larger one's, `(n,)`."""
-    if isinstance(least_ratio, int | float) and least_ratio == 0:
-        return jnp.zeros(len(factors[0]), bool)
-
-    def square(param, update, axis):  # not of their sum, and by columns, so that no other memory is taken
-        wide = working_dtype(param, update)
-        param, update = param.astype(wide), update.astype(wide)
-        columns = (param * (param + 2 * update)).sum(axis) + (update * update).sum(axis)
-        return jax.lax.optimization_barrier(columns).sum(1)
-
-    squares = [square(p, u, axis) for p, u, axis in zip(factors, step, (1, 2), strict=True)]
-    return jnp.minimum(*squares) < least_ratio**2 * jnp.maximum(*squares)
+    one_moves = moves_a != moves_b
+    return status_of_update(
+        new.status,
+        frozen=one_moves & has_a & has_b,
+        cancellation=new.cancellation,
+        eps=max(map(_eps, factors)),
+        ratio=new.ratio,
+        one_moves=one_moves,
+        least_ratio=least_ratio,
+    )
 
 
 def _add_wide(param, update):

@@ -9,7 +9,29 @@ import jax.numpy as jnp
 from balora_jax.gauge import Change, column_norms
 from balora_jax.linalg import matmul
 
+# A Gram matrix carries a change if its rounding errors are enlarged by less than this in the balanced ones, and if
+# columns scaled to norm 1 have a condition number below the second.
+_MOST_GROWTH = 4.0
+MOST_CONDITION = 200.0
 
+
+def carries(
+    change: Change, gram_a: jax.Array, gram_b: jax.Array, *, most_condition: float = MOST_CONDITION, spare: float = 1.0
+) -> jax.Array:
+    """Returns whether Gram matrices are precise enough for the change that was found from them, `(n)`.
+
+    Args:
+        change: from the pairs to hyper-balanced ones.
+        gram_a: `(n, r, r)`, P.
+        gram_b: `(n, r, r)`, Q.
+        most_condition: the largest condition number of factors that they carry.
+        spare: by how much they are more precise than the factors.
+    """
+    grown = growth(change, gram_a, gram_b) < _MOST_GROWTH * spare
+    return grown & (condition(change, gram_a, gram_b) < most_condition * spare**0.5)
+
+
+@jax.jit
 def growth(change: Change, gram_a: jax.Array, gram_b: jax.Array) -> jax.Array:
     """Returns by how much errors of P and Q, relative to their columns' norms, are enlarged in the balanced ones `(n)`.
 
@@ -22,6 +44,7 @@ def growth(change: Change, gram_a: jax.Array, gram_b: jax.Array) -> jax.Array:
     return (share_a.sum((1, 2)) + share_b.sum((1, 2))) / (2 * change.values.sum(1))
 
 
+@jax.jit
 def condition(change: Change, gram_a: jax.Array, gram_b: jax.Array) -> jax.Array:
     """Returns the larger norm of the pseudo-inverses of A with unit columns and of B with unit rows, `(n)`.
 
@@ -38,6 +61,7 @@ def condition(change: Change, gram_a: jax.Array, gram_b: jax.Array) -> jax.Array
     return jnp.sqrt(jnp.maximum(inverse_a, inverse_b))
 
 
+@jax.jit
 def damage(change: Change, turn: jax.Array, gram_a: jax.Array, gram_b: jax.Array) -> jax.Array:
     """Returns by how much errors of `A T` and `T^-1 B`, relative to what is summed there, are enlarged in the product.
 
@@ -50,7 +74,7 @@ def damage(change: Change, turn: jax.Array, gram_a: jax.Array, gram_b: jax.Array
         gram_b: `(n, r, r)`, Q.
     """
     share_a, share_b = _shares(
-        change._replace(forward=matmul(change.forward, turn), inverse=matmul(turn.mT, change.inverse)), gram_a, gram_b
+        change._replace(T=matmul(change.T, turn), T_inv=matmul(turn.mT, change.T_inv)), gram_a, gram_b
     )
     scale = change.values.max(1)
     share = change.values / scale[:, None]
@@ -59,6 +83,7 @@ def damage(change: Change, turn: jax.Array, gram_a: jax.Array, gram_b: jax.Array
     return jnp.sqrt(worst / scale) / jnp.linalg.norm(share, axis=1)
 
 
+@jax.jit
 def cancellation(change: Change, gram_a: jax.Array, gram_b: jax.Array) -> jax.Array:
     """Returns by how many roundings of the old factors the product moves if the new ones are sums with them, `(n)`.
 
@@ -69,14 +94,14 @@ def cancellation(change: Change, gram_a: jax.Array, gram_b: jax.Array) -> jax.Ar
         gram_a: `(n, r, r)`, P.
         gram_b: `(n, r, r)`, Q.
     """
-    new_a = (matmul(gram_a, change.forward) * change.forward).sum(1)  # squared norms of the new columns
-    new_b = (matmul(change.inverse, gram_b) * change.inverse).sum(2)
+    new_a = (matmul(gram_a, change.T) * change.T).sum(1)  # squared norms of the new columns
+    new_b = (matmul(change.T_inv, gram_b) * change.T_inv).sum(2)
     moved = (column_norms(gram_a) ** 2 * new_b + column_norms(gram_b) ** 2 * new_a).sum(1)
     return jnp.sqrt(moved / 2) / jnp.linalg.norm(change.values, axis=1)
 
 
 def _shares(change, gram_a, gram_b):
     """The squares of the terms of `A T` and of `T^-1 B`, each summed over a column of A or a row of B, `(n, r, r)`."""
-    share_a = (column_norms(gram_a)[:, :, None] * change.forward) ** 2
-    share_b = (change.inverse * column_norms(gram_b)[:, None, :]) ** 2
+    share_a = (column_norms(gram_a)[:, :, None] * change.T) ** 2
+    share_b = (change.T_inv * column_norms(gram_b)[:, None, :]) ** 2
     return share_a, share_b

@@ -8,36 +8,61 @@ import numpy as np
 import optax
 
 from balora_jax.gauge import Gauge, Route, check_gauge, check_route
-from balora_jax.pairs import Pairs, find_pairs
-from balora_jax.projection import Fate, counts, disturbed, project
+from balora_jax.pairs import Pairs, PairSearch
+from balora_jax.projection import disturbed, project
+from balora_jax.status import COUNTED, Status, is_skipped, is_untouched
 from balora_jax.transport import check_movable, move_state
 
 
 class BaloraProjectState(NamedTuple):
-    """State of `balora_project`. The numbers are of the last projection, but `disturbed` sums up all updates.
+    """State of `balora_project`. Counts of pairs are of the last projection; the last axis of `status` is summed up.
 
     Attributes:
         count: int32, number of updates so far.
-        untouched: int32, pairs that were skipped: their product lacks rank (a fresh `B = 0`, say), or they
-            are so far from balance that an update, which is added to the parameters in their dtype, could not carry
-            them there without losing a third of the product's digits; or they are waiting or frozen.
-        nonfinite: int32, pairs that were skipped because they hold a NaN or an infinity.
-        waiting: int32, pairs that were skipped because one factor is still too small beside the other, see
-            `least_ratio`.
-        frozen: int32, pairs that were skipped because one factor has no update, though neither is zero: it is taken to
-            be frozen, and balancing would move it.
         disturbed: int32, how often a pair that an update left balanced did not come back so: something after the
             projection, in the chain or around it, changes its updates, or the parameters were set by hand.
-        balanced: `(pairs)` bool, those that the last update left balanced.
+        projected: bool, whether the last update was followed by a projection.
+        status: `(pairs)` int8, what the last projection made of each pair: a `Status`.
     """
 
     count: jax.Array  # type: ignore[assignment]
-    untouched: jax.Array
-    nonfinite: jax.Array
-    waiting: jax.Array
-    frozen: jax.Array
     disturbed: jax.Array
-    balanced: jax.Array
+    projected: jax.Array
+    status: jax.Array
+
+    @property
+    def balanced(self) -> jax.Array:
+        """`(pairs)` bool, those that the last update left balanced."""
+        return self.projected[..., None] & ~is_skipped(self.status)
+
+    @property
+    def untouched(self) -> jax.Array:
+        """int32, pairs that were skipped though they have finite updates, for any reason."""
+        return is_untouched(self.status).sum(-1, dtype=jnp.int32)
+
+    @property
+    def nonfinite(self) -> jax.Array:
+        """int32, pairs that were skipped because they hold a NaN or an infinity."""
+        return self.number_of(Status.NONFINITE)
+
+    @property
+    def waiting(self) -> jax.Array:
+        """int32, pairs that were skipped because one factor is still too small beside the other."""
+        return self.number_of(Status.WAITING)
+
+    @property
+    def frozen(self) -> jax.Array:
+        """int32, pairs that were skipped because one factor has no update, though neither is zero."""
+        return self.number_of(Status.FROZEN)
+
+    def number_of(self, status: Status) -> jax.Array:
+        """Returns the number of pairs of a status, int32."""
+        return (self.status == status).sum(-1, dtype=jnp.int32)
+
+    def counts(self) -> dict[str, jax.Array]:
+        """Returns what metrics show: `untouched`, `disturbed`, and the number of pairs of each status by its name."""
+        numbers = {status.name.lower(): self.number_of(status) for status in COUNTED}
+        return {"untouched": self.untouched, "disturbed": self.disturbed} | numbers
 
 
 def balora_project(
@@ -74,11 +99,11 @@ def balora_project(
         TypeError: `every` or `start_step` is not an integer.
 
     Notes:
-        Costs O((a + b) r^2) per pair and step. A pair whose product lacks rank, or that is not finite, is left as the
-        optimizer made it, and counted in the state. So is one that is so far from balance (factors that differ in size
-        by a factor of 1e4, or a gauge of condition 500) that adding the update to float32 parameters would change the
-        product by more than about 3e-6; near balance it changes by 1e-7. `balance` itself takes such a pair. Keep the
-        factors in float32: bfloat16 ones cannot hold a balanced pair to better than three digits.
+        Costs O((a + b) r^2) per pair and step. A pair whose product lacks rank, or that is not finite, is skipped: it
+        stays as the optimizer made it, and is counted in the state. So is one that is so far from balance (factors that
+        differ in size by a factor of 1e4, or a gauge of condition 500) that adding the update to float32 parameters
+        would change the product by more than about 3e-6; near balance it changes by 1e-7. `balance` itself takes such a
+        pair. Keep the factors in float32: bfloat16 ones cannot hold a balanced pair to better than three digits.
         `optax.MultiSteps` evaluates what it wraps on every mini-step; accumulating gradients before the optimizer is
         cheaper.
 
@@ -96,7 +121,11 @@ def balora_project(
         >>> bool(balancing_gap(params["lora_a"], params["lora_b"]) < 1e-5)
         True
     """
-    init_fn, project_fn = _projection(gauge, route, every, start_step, least_ratio, pairs, transport=False)
+    find = PairSearch(pairs)
+    project_fn = _projection(find, gauge, route, every, start_step, least_ratio, transport=False)
+
+    def init_fn(params):
+        return _initial_state(params, find.at_init(params))
 
     def update_fn(updates, state, params=None):
         updates, state, _ = project_fn(updates, state, params, ())
@@ -180,14 +209,16 @@ def balora(
     """
     if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
         raise TypeError(f"inner must be an optax gradient transformation, got {inner!r}")
-    init_projection, project_fn = _projection(gauge, route, every, start_step, least_ratio, pairs, transport)
+    find = PairSearch(pairs)
+    project_fn = _projection(find, gauge, route, every, start_step, least_ratio, transport)
     if not isinstance(inner, optax.MultiSteps):  # which passes extra arguments on by itself
         inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        state = BaloraState(inner.init(params), init_projection(params))
-        if transport and jax.tree.leaves(params):
-            check_movable(state.inner, find_pairs(params, pairs))
+        found = find.at_init(params)
+        state = BaloraState(inner.init(params), _initial_state(params, found))
+        if transport:
+            check_movable(state.inner, found)
         return state
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -213,7 +244,7 @@ def check_projection(opt_state: Any) -> None:
         opt_state: of any optax transformation that holds `balora_project` or `balora`, also of a population.
 
     Raises:
-        ValueError: pairs were disturbed, or in the last update frozen, see `BaloraProjectState`; or the state holds
+        ValueError: pairs were disturbed, or in the last update frozen, see `Status`; or the state holds
             no projection.
 
     Examples:
@@ -245,10 +276,20 @@ def check_projection(opt_state: Any) -> None:
             )
 
 
-def _projection(gauge, route, every, start_step, least_ratio, pairs, transport):
-    """The two functions behind the transformations: `init(params)`, and `project(updates, state, params, moments)`.
+def _initial_state(params, found) -> BaloraProjectState:
+    """The state before the first update."""
+    return BaloraProjectState(
+        count=jnp.zeros((), jnp.int32),
+        disturbed=jnp.zeros((), jnp.int32),
+        projected=jnp.zeros((), bool),
+        status=jnp.full(sum(found.counts(params)), Status.NO_UPDATE, jnp.int8),
+    )
 
-    The second returns new updates and state, and the moments, carried along if `transport` says so.
+
+def _projection(find, gauge, route, every, start_step, least_ratio, transport):
+    """The function behind the transformations, `project(updates, state, params, moments)`.
+
+    It returns new updates and state, and the moments, carried along if `transport` says so.
     """
     check_gauge(gauge)
     check_route(route, gauge)
@@ -256,43 +297,32 @@ def _projection(gauge, route, every, start_step, least_ratio, pairs, transport):
     _check_count("start_step", start_step, 0)
     _check_share("least_ratio", least_ratio)
     always = isinstance(every, int) and every == 1 and isinstance(start_step, int) and start_step == 0
-    pairs = pairs if pairs is None or callable(pairs) else tuple(pairs)
-
-    def init_fn(params):
-        # optax also initializes with an empty placeholder
-        n = sum(counts(params, find_pairs(params, pairs))) if jax.tree.leaves(params) else 0
-        numbers = {name: jnp.zeros((), jnp.int32) for name in BaloraProjectState._fields if name != "balanced"}
-        return BaloraProjectState(**numbers, balanced=jnp.zeros(n, bool))
 
     def update_fn(updates, state, params, moments):
         if params is None:
             raise ValueError("the projection needs the parameters: call `update(updates, state, params)`")
-        found, count = find_pairs(params, pairs), optax.safe_increment(state.count)
+        found, count = find(params), optax.safe_increment(state.count)
 
         def projected(updates, moments):
-            new, moving, changes, fate = project(
-                updates, params, found, gauge=gauge, route=route, least_ratio=least_ratio
-            )
-            numbers = {name: getattr(fate, name).sum(dtype=jnp.int32) for name in Fate._fields if name != "balanced"}
-            moments = move_state(moments, moving, changes) if transport else moments
-            return new, moments, state._replace(balanced=fate.balanced, **numbers)
+            new, changes, status = project(updates, params, found, gauge=gauge, route=route, least_ratio=least_ratio)
+            return new, move_state(moments, found, changes) if transport else moments, status
 
         def as_they_are(updates, moments):
-            return updates, moments, state._replace(balanced=jnp.zeros_like(state.balanced))
+            return updates, moments, state.status
 
         def undone():
             return disturbed(params, found, state.balanced).sum(dtype=jnp.int32)
 
         if always:
-            changed = undone()
-            updates, moments, state = projected(updates, moments)
+            due, changed = jnp.ones((), bool), undone()
+            updates, moments, status = projected(updates, moments)
         else:
             due = (count > start_step) & ((count - start_step) % every == 0)
             changed = jax.lax.cond(state.balanced.any(), undone, lambda: jnp.zeros((), jnp.int32))
-            updates, moments, state = jax.lax.cond(due, projected, as_they_are, updates, moments)
-        return updates, state._replace(count=count, disturbed=state.disturbed + changed), moments
+            updates, moments, status = jax.lax.cond(due, projected, as_they_are, updates, moments)
+        return updates, BaloraProjectState(count, state.disturbed + changed, due, status), moments
 
-    return init_fn, update_fn
+    return update_fn
 
 
 def _check_share(name: str, value) -> None:

@@ -13,9 +13,9 @@ import jax
 import optax
 
 from balora_jax.linalg import matmul
-from balora_jax.pairs import Pair
+from balora_jax.pairs import TreePairs
 from balora_jax.sharding import sharded_like
-from balora_jax.trees import is_masked, leaves_by_path, path_text, with_leaves
+from balora_jax.trees import leaves_by_path, path_text
 
 # Which fields of optax's states are moments of past gradients, and of which order. Centered second moments are not
 # here: less the square of a mean that is carried exactly, they could become negative.
@@ -32,17 +32,17 @@ _MOMENTS: dict[type, dict[str, int]] = {
 }
 
 
-def check_movable(state: Any, pairs: Sequence[Pair]) -> None:
+def check_movable(state: Any, pairs: TreePairs) -> None:
     """Raises if an optimizer state holds something for a factor that no rule tells how to move.
 
     Args:
         state: of an optax transformation.
-        pairs: from `find_pairs` of its parameters.
+        pairs: those of its parameters.
 
     Raises:
         ValueError: it does; the message names the place in the state.
     """
-    factors = {path for pair in pairs for path in (pair.path_a, pair.path_b)}
+    factors = {path for pair in pairs.pairs for path in (pair.path_a, pair.path_b)}
     known = ", ".join(sorted(kind.__name__ for kind in _MOMENTS))
     for path, node in leaves_by_path(state, is_leaf=_holds_moments).items():
         if isinstance(node, optax.MultiStepsState):
@@ -64,41 +64,42 @@ def check_movable(state: Any, pairs: Sequence[Pair]) -> None:
                 )
 
 
-def move_state(state: Any, pairs: Sequence[Pair], changes: Sequence[tuple[jax.Array, jax.Array]]) -> Any:
+def move_state(state: Any, pairs: TreePairs, changes: Sequence[tuple[jax.Array, jax.Array] | None]) -> Any:
     """Returns an optimizer state with the moments of all pairs carried through their changes of gauge.
 
     Args:
         state: an optax state that `check_movable` accepts.
-        pairs: from `find_pairs` of the parameters.
-        changes: T and T^-1 `(n, r, r)` of each pair.
+        pairs: those of the parameters.
+        changes: T and T^-1 `(n, r, r)` of each pair; None leaves its moments as they are.
     """
 
-    def moved(node):
+    def carried(node):
         if not _holds_moments(node):
             return node
         if isinstance(node, optax.MultiStepsState):
             node = node._replace(inner_opt_state=move_state(node.inner_opt_state, pairs, changes))
         fields = _MOMENTS[type(node)].items()
-        return node._replace(**{name: _moved(getattr(node, name), pairs, changes, order) for name, order in fields})
+        return node._replace(**{name: _carried(getattr(node, name), pairs, changes, order) for name, order in fields})
 
-    return jax.tree.map(moved, state, is_leaf=_holds_moments)
+    return jax.tree.map(carried, state, is_leaf=_holds_moments)
 
 
 def _holds_moments(node) -> bool:
     return type(node) in _MOMENTS
 
 
-def _moved(moment, pairs, changes, order):
+def _carried(moment, pairs, changes, order):
     """The moment of some order after the changes; leaves that a mask took out stay out."""
-    leaves, new = leaves_by_path(moment), {}
-    for pair, (forward, inverse) in zip(pairs, changes, strict=True):
-        leaf_a, leaf_b = leaves.get(pair.path_a, optax.MaskedNode()), leaves.get(pair.path_b, optax.MaskedNode())
-        if not is_masked(leaf_a):
-            left = pair.canonical_a(leaf_a).astype(inverse.dtype)
-            left = sharded_like(left, matmul, left, inverse.mT**order)
-            new[pair.path_a] = pair.restored_a(left.astype(leaf_a.dtype), leaf_a)
-        if not is_masked(leaf_b):
-            right = pair.canonical_b(leaf_b).astype(forward.dtype)
-            right = sharded_like(right, matmul, forward.mT**order, right)
-            new[pair.path_b] = pair.restored_b(right.astype(leaf_b.dtype), leaf_b)
-    return with_leaves(moment, new)
+    new = []
+    for pair, change, (leaf_a, leaf_b) in zip(pairs.pairs, changes, pairs.leaves(moment), strict=True):
+        new_a = new_b = None
+        if change is not None and leaf_a is not None:
+            moment_a = pair.canonical_a(leaf_a).astype(change[1].dtype)
+            moment_a = sharded_like(moment_a, matmul, moment_a, change[1].mT ** order)
+            new_a = pair.restored_a(moment_a.astype(leaf_a.dtype), leaf_a)
+        if change is not None and leaf_b is not None:
+            moment_b = pair.canonical_b(leaf_b).astype(change[0].dtype)
+            moment_b = sharded_like(moment_b, matmul, change[0].mT ** order, moment_b)
+            new_b = pair.restored_b(moment_b.astype(leaf_b.dtype), leaf_b)
+        new.append((new_a, new_b))
+    return pairs.with_leaves(moment, new)

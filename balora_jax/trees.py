@@ -20,10 +20,23 @@ def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> d
         tree: any pytree. What a flax Variable adds to a path is left out.
         is_leaf: what else to take for a leaf.
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(
+    paths, leaves, _ = flatten(tree, is_leaf)
+    return dict(zip(paths, leaves, strict=True))
+
+
+def flatten(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[Any], list[Any], jax.tree_util.PyTreeDef]:
+    """Returns the paths of a tree, its leaves, optax's masked nodes among them, and its structure.
+
+    Args:
+        tree: as for `leaves_by_path`.
+        is_leaf: likewise.
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: is_masked(node) or (is_leaf is not None and is_leaf(node))
     )
-    return {_keys(path): leaf for path, leaf in flat}
+    return [_keys(path) for path, _ in flat], [leaf for _, leaf in flat], structure
 
 
 def with_leaves(tree: Any, new: Mapping[Any, Any]) -> Any:

@@ -18,7 +18,9 @@ from oracles import (
 from processes import run_alone
 
 from balora_jax import GAUGES, balance, balance_pair, balancing_gap
-from balora_jax.stacks import _balanced, _balanced_redundant
+from balora_jax.factors import Stacks
+from balora_jax.stacks import _balanced
+from balora_jax.status import is_skipped
 
 SHAPES = {"rank 1": (5, 1, 7), "tall": (24, 4, 10), "wide": (8, 8, 40), "square": (48, 32, 48)}
 TALL = SHAPES["tall"]
@@ -89,13 +91,11 @@ def without_float64(gauge, route="exact"):
 
     @jax.jit
     def run(a, b):
-        if a.shape[2] > min(a.shape[1], b.shape[2]):
-            return _balanced_redundant(a, b, gauge, jnp.float32)
-        return _balanced([a], [b], gauge, route, jnp.float32, a.dtype)
+        return _balanced(Stacks([a], [b]), gauge, route, jnp.float32)
 
     def called(pair):
-        (new_a,), (new_b,), _, _, lost, nonfinite, _ = run(*pair)
-        return (new_a, new_b), np.asarray(lost | nonfinite)
+        ((new_a,), (new_b,)), _, _, status, *_ = run(*pair)
+        return (new_a, new_b), np.asarray(is_skipped(status))
 
     return called
 

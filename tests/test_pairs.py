@@ -462,7 +462,7 @@ AMBIGUOUS = {
     ),
     "one left factor of several experts": (
         {"lora_a": normal(16, 4), "lora_b": normal(4, 4, 32)},
-        ["one pair, 16 x 128 of rank 4", "4 right factors that share one left factor"],
+        ["one pair, 16 x 128 of rank 4", "4 factors B that share one A"],
         [({"batch_axes": 0}, "ir,rno->ino")],
     ),
     "layers scanned along axis 1": (

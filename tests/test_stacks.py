@@ -9,7 +9,7 @@ from compilation import OPTIMIZED
 from oracles import gap, hyper_balanced
 from processes import run_alone
 
-from balora_jax import ROUTES, balance, balance_pair, balance_pairs, balora, balora_project, stacks
+from balora_jax import ROUTES, balance, balance_pair, balance_pairs, balora, balora_project
 
 TREE = {"a": (96, 160), "b": (64, 40)}
 
@@ -333,18 +333,29 @@ def params_for(rank, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_lowers_for_accelerators_at_full_precision(platform, monkeypatch):
+def test_lowers_for_accelerators_at_full_precision(platform):
     """No product of the program may fall to TF32 or bfloat16 passes, and none has the size of the full weight."""
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    monkeypatch.setattr(stacks, "_compiled", stacks._compiled.__wrapped__)
     tx, params = balora(optax.adam(1e-3)), params_for(8)
     traced = jax.jit(tx.update).trace(params, jax.eval_shape(tx.init, params), params)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     assert len(products) > 10
     assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+    assert ("f64" in text) == (platform == "cuda")  # which TPUs lack, wherever the program is compiled
     for a, b in TREE.values():
         assert f"tensor<{a}x{b}x" not in text
+
+
+def test_a_program_for_several_platforms_runs_on_each():
+    """TPUs among them need `jax.enable_x64`: else jax cannot lower float64 decompositions, unused ones."""
+    pair = gaussian(30, 4, 20)
+    function = jax.jit(lambda a, b: tuple(balance_pair(a, b)))
+    exported = [jax.export.export(function, platforms=("cpu", "cuda"))(*pair)]
+    with jax.enable_x64(True):
+        exported.append(jax.export.export(function, platforms=("cpu", "cuda", "tpu"))(*pair))
+    for program in exported:
+        for found, expected in zip(program.call(*pair), function(*pair), strict=True):
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_the_iteration_is_what_accelerators_run():

@@ -18,8 +18,8 @@ class Contraction:
     """The einsum `inputs, kernel -> outputs` of a layer and the shapes of a low-rank update of its kernel.
 
     The kernel's axes are of three kinds: contracted (in the inputs and not in the outputs), remaining (in the outputs
-    and not in the inputs) and shared (in both: a batch of matrices, such as experts). The update's left factor has
-    axes `(shared, contracted, r)` and its right factor `(shared, r, remaining)`.
+    and not in the inputs) and shared (in both: a batch of matrices, such as experts). `lora_a` of the update has
+    axes `(shared, contracted, r)`, and `lora_b` has `(shared, r, remaining)`.
 
     Attributes:
         inputs: labels of the input, which may start with an ellipsis.

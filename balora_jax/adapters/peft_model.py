@@ -77,7 +77,7 @@ def load_adapters(model: Decoder, adapter: PeftAdapter) -> tuple[str, ...]:
     """
     if any(True for _ in iter_adapters(model)):
         raise ValueError("model must have no adapters; remove them first")
-    places = _places(model)
+    places = _places_of(model)
     modules = adapter.modules()
     _check_fit(adapter, modules, places)
     _check_numbers(modules)
@@ -106,7 +106,7 @@ def _names(model: Decoder, path: str) -> list[str]:
     return [path]  # the head
 
 
-def _places(model: Decoder) -> dict[str, _Place]:
+def _places_of(model: Decoder) -> dict[str, _Place]:
     """Where each linear layer stands, by its name in PEFT."""
     places: dict[str, _Place] = {}
     for keys, module in nnx.iter_modules(model):

@@ -17,6 +17,13 @@ from balora_jax.balance import balance_pairs
 from balora_jax.commands.folders import copy_other_files, explained, whole_folder
 from balora_jax.pairs import read_pairs, write_pairs
 from balora_jax.settings import Gauge
+from balora_jax.status import Status
+
+_REASONS = {
+    Status.RANK_DEFICIENT: "their product lacks rank",
+    Status.OUT_OF_RANGE: "their dtype cannot hold the balanced factors",
+    Status.CANCELLING: "their factors cancel in the product",
+}
 
 
 def write_balanced(source: Path, out: Path, gauge: Gauge, console: Console) -> None:
@@ -46,12 +53,8 @@ def write_balanced(source: Path, out: Path, gauge: Gauge, console: Console) -> N
     console.print(_table({"before": before, "after": diagnose_adapter(new)}))
     change = max(_change(old, pair[:2]) for old, pair in zip(factors, balanced, strict=True))
     console.print(f"{len(pairs)} pairs; products changed by at most {change:.0e} of their norm: {out}")
-    left = [name for name, pair in zip(pairs, balanced, strict=True) if pair.untouched.any()]
-    lacking = [name for name in left if np.isinf(before[name].least_condition_number)]
-    for names, why in (
-        (lacking, "their product lacks rank"),
-        ([name for name in left if name not in lacking], "their dtype cannot hold the balanced factors"),
-    ):
+    for status, why in _REASONS.items():
+        names = [name for name, pair in zip(pairs, balanced, strict=True) if (pair.status == status).any()]
         if names:
             console.print(f"skipped, because {why}: {', '.join(names)}")
 

@@ -136,7 +136,7 @@ def encode(examples: datasets.Dataset, tokenizer: Tokenizer, *, max_length: int)
     encoded = mapped(examples, tokenize, features=_ENCODED, key=key, description="Tokenizing")
     tokens, learned = _pieces(encoded, "tokens"), _pieces(encoded, "learned")
     bare = encoded.data.column("bare").to_numpy()
-    owners, starts, stops = _places(tokens.lengths, bare, max_length)
+    owners, starts, stops = _spans(tokens.lengths, bare, max_length)
     if not len(owners):
         raise ValueError(
             f"max_length (data.length) must leave at least one example, got {max_length} "
@@ -148,7 +148,7 @@ def encode(examples: datasets.Dataset, tokenizer: Tokenizer, *, max_length: int)
     return Encoded(tokens.parts(owners, starts, stops), masks, owners)
 
 
-def _places(lengths: np.ndarray, bare: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _spans(lengths: np.ndarray, bare: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which example each kept piece is of, and from where to where in it.
 
     Examples that are not too long are one piece; bare ones are otherwise cut, each piece from the last token of the one

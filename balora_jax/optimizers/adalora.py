@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from balora_jax.balance import working_dtype
+from balora_jax.factors import working_dtype
 from balora_jax.linalg import matmul
 from balora_jax.optimizers.scaled import check_count, check_interval, check_params
-from balora_jax.pairs import Pair, find_pairs, read_pairs, write_pairs
+from balora_jax.pairs import Pair, TreePairs, find_pairs
 from balora_jax.trees import KeyPath, is_masked, leaves_by_path, only_leaves, path_text, with_leaves
 
 
@@ -128,7 +128,7 @@ def adalora(
     def update_fn(updates, state, params=None):
         check_params(params)
         triplets, count = _find_triplets(params), optax.safe_increment(state.count)
-        updates = _regularised(updates, params, [pair for pair, _ in triplets], regularisation)
+        updates = _regularised(updates, params, TreePairs([pair for pair, _ in triplets]), regularisation)
         old, gradients, learning = leaves_by_path(params), leaves_by_path(updates), count < last_phase
         sensitivity, uncertainty = {}, {}
         spreads, old_kept = leaves_by_path(state.uncertainty), leaves_by_path(state.kept)
@@ -190,12 +190,12 @@ def _path_of_middle(path) -> KeyPath:
 
 def _regularised(updates, params, pairs, weight):
     """Gradients with those of `weight` times the mean of `||P^T P - I||` and `||Q Q^T - I||` over all matrices."""
-    factors, gradients, new = read_pairs(params, pairs), read_pairs(updates, pairs), []
+    factors, gradients, new = pairs.read(params), pairs.read(updates), []
     each = weight / (2 * sum(len(a) for a, _ in factors))
     for (a, b), (g_a, g_b) in zip(factors, gradients, strict=True):
         slopes = each * _slope(a), each * _slope(b.mT).mT
         new.append(tuple((g + slope).astype(g.dtype) for g, slope in zip((g_a, g_b), slopes, strict=True)))
-    return write_pairs(updates, pairs, new)
+    return pairs.write(updates, new)
 
 
 def _slope(factor):
@@ -217,8 +217,8 @@ def _largest(scores, done, target_share):
     """Which triplets are among the largest of all, as many as the budget has left; `done` is 1 at the target."""
     flat = jnp.concatenate([score.ravel() for score in scores])
     target = round(target_share * flat.size)
-    left = (1 - jnp.clip(done, 0, 1)) ** 3
-    budget = target + jnp.floor((flat.size - target) * left + 1e-3)  # so that rounding loses no whole number
+    share = (1 - jnp.clip(done, 0, 1)) ** 3
+    budget = target + jnp.floor((flat.size - target) * share + 1e-3)  # so that rounding loses no whole number
     place = jnp.argsort(jnp.argsort(-flat))
     ends = [sum(score.size for score in scores[: i + 1]) for i in range(len(scores))]
     return jnp.split(place < budget, ends[:-1])

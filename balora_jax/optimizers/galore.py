@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from balora_jax.balance import working_dtype
+from balora_jax.factors import working_dtype
 from balora_jax.linalg import matmul, svd
 from balora_jax.optimizers.scaled import check_adamw, check_count, check_interval, check_params
 from balora_jax.trees import leaves_by_path, only_leaves, with_leaves

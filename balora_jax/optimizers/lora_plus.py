@@ -1,17 +1,16 @@
-"""LoRA+: the right factors of all pairs learn faster than the left ones, under any optimizer."""
+"""LoRA+: the factors B of all pairs learn faster than the factors A, under any optimizer."""
 
 import jax
 import optax
 
 from balora_jax.optimizers.scaled import check_params
-from balora_jax.pairs import Pairs, find_pairs
-from balora_jax.trees import leaves_by_path, with_leaves
+from balora_jax.pairs import Pairs, PairSearch
 
 
 def lora_plus(
     inner: optax.GradientTransformation, *, ratio: jax.typing.ArrayLike = 16.0, pairs: Pairs | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer: the learning rate of the right factors B is `ratio` times that of everything else.
+    """Wraps an optimizer: the learning rate of the factors B is `ratio` times that of everything else.
 
     `B <- B + ratio u_B`, where `u_B` is the update of the wrapped optimizer; all other updates stay as they are.
 
@@ -46,22 +45,19 @@ def lora_plus(
     """
     if isinstance(ratio, int | float) and not 1 <= ratio < float("inf"):
         raise ValueError(f"ratio must be at least 1 and finite, got {ratio!r}")
-    pairs = pairs if pairs is None or callable(pairs) else tuple(pairs)
+    find = PairSearch(pairs)
     if not isinstance(inner, optax.MultiSteps):  # which passes extra arguments on by itself
         inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        if jax.tree.leaves(params):  # optax also initializes with an empty placeholder
-            find_pairs(params, pairs)
+        find.at_init(params)
         return inner.init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
         check_params(params)
         updates, state = inner.update(updates, state, params, **extra_args)
-        leaves, faster = leaves_by_path(updates), {}
-        for pair in find_pairs(params, pairs):
-            update = leaves[pair.path_b]
-            faster[pair.path_b] = (update * ratio).astype(update.dtype)
-        return with_leaves(updates, faster), state
+        found = find(params)
+        faster = [(None, (step_b * ratio).astype(step_b.dtype)) for _, step_b in found.leaves(updates)]
+        return found.with_leaves(updates, faster), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

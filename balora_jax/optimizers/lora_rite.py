@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from balora_jax.balance import working_dtype
+from balora_jax.factors import working_dtype
 from balora_jax.linalg import eigh, matmul, qr, split, svd
 from balora_jax.optimizers.scaled import check_adamw, check_interval, check_params, reciprocal
-from balora_jax.pairs import Pairs, find_pairs, read_pairs, write_pairs
-from balora_jax.trees import leaves_by_path, with_leaves
+from balora_jax.pairs import Pairs, PairSearch
 
 
 class LoraRiteState(NamedTuple):
@@ -105,16 +104,14 @@ def lora_rite(
     check_adamw(b1, b2, eps, weight_decay)
     for name, value in (("eps", eps), ("skip", skip), ("clip_norm", clip_norm)):
         check_interval(name, value, 0, above=True)
-    pairs = pairs if pairs is None or callable(pairs) else tuple(pairs)
+    find = PairSearch(pairs)
 
     def labels(tree):
-        rest = jax.tree.map(lambda _: "rest", tree)
-        if not jax.tree.leaves(tree):  # optax also initializes with an empty placeholder
-            return rest
-        return with_leaves(rest, dict.fromkeys(_sides(tree, find_pairs(tree, pairs))[0], "pairs"))
+        found, rest = find.at_init(tree), jax.tree.map(lambda _: "rest", tree)
+        return found.with_leaves(rest, len(found.pairs) * [("pairs", "pairs")])
 
     kinds = {
-        "pairs": _scale_by_lora_rite(b1, b2, eps, skip, clip_norm, pairs),
+        "pairs": _scale_by_lora_rite(find, b1, b2, eps, skip, clip_norm),
         "rest": optax.scale_by_adam(b1=b1, b2=b2, eps=eps),  # type: ignore[arg-type]
     }
     return optax.chain(
@@ -124,28 +121,27 @@ def lora_rite(
     )
 
 
-def _scale_by_lora_rite(b1, b2, eps, skip, clip_norm, pairs) -> optax.GradientTransformation:
+def _scale_by_lora_rite(find, b1, b2, eps, skip, clip_norm) -> optax.GradientTransformation:
     """The direction `M R^+^T` of each factor; of a tree that holds factors alone."""
 
     def init_fn(params):
-        trees: list[dict[Any, jax.Array]] = [{}, {}, {}]
-        if jax.tree.leaves(params):
-            paths, factors = _sides(params, find_pairs(params, pairs))
-            for path, factor, partner in zip(paths, factors, _swapped(factors), strict=True):
-                for tree, zeros in zip(trees, _fresh(factor, partner), strict=True):
-                    tree[path] = zeros
-        return LoraRiteState(*(jnp.zeros((), jnp.int32) for _ in range(2)), *(with_leaves(params, x) for x in trees))
+        found = find.at_init(params)
+        factors = _sides(found.read(params))
+        fresh = [_fresh(factor, partner) for factor, partner in zip(factors, _of_partners(factors), strict=True)]
+        kinds = zip(*fresh, strict=True) if fresh else 3 * ((),)
+        zeros = (found.with_leaves(params, _pairwise(kind)) for kind in kinds)
+        return LoraRiteState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), *zeros)
 
     def update_fn(updates, state, params=None):
         check_params(params)
-        found, count, skipped = find_pairs(params, pairs), optax.safe_increment(state.count), jnp.zeros((), jnp.int32)
-        paths, factors = _sides(params, found)
-        trees = [leaves_by_path(tree) for tree in (state.basis, state.first, state.second)]
-        old_bases, firsts, seconds = ([tree[path] for path in paths] for tree in trees)
+        found, count, skipped = find(params), optax.safe_increment(state.count), jnp.zeros((), jnp.int32)
+        factors = _sides(found.read(params))
+        kept = (state.basis, state.first, state.second)
+        old_bases, firsts, seconds = ([x for pair in found.leaves(tree) for x in pair] for tree in kept)
         factors = [x.astype(old.dtype) for x, old in zip(factors, old_bases, strict=True)]
         bases, triangles = zip(*_together(qr, factors), strict=True)
         inverses = _pseudo_inverses(triangles)
-        sides = zip(_sides(updates, found)[1], _swapped(inverses), strict=True)
+        sides = zip(_sides(found.read(updates)), _of_partners(inverses), strict=True)
         gradients = [matmul(g.astype(inverse.dtype), inverse) for g, inverse in sides]
         if skip is not None:
             over = [_too_large(h, skip) for h in gradients]
@@ -153,24 +149,28 @@ def _scale_by_lora_rite(b1, b2, eps, skip, clip_norm, pairs) -> optax.GradientTr
             skipped += sum(large.sum(dtype=jnp.int32) for large in over)
         if clip_norm is not None:
             gradients = _clipped(gradients, clip_norm)
-        turns = _swapped([matmul(x.mT, old) for x, old in zip(bases, old_bases, strict=True)])
-        firsts, seconds = _moved(firsts, seconds, gradients, turns, count, b1, b2, eps)
-        steps = [matmul(first, x.mT) for first, x in zip(firsts, _swapped(inverses), strict=True)]
-        steps = write_pairs(updates, found, [(a, b.mT) for a, b in zip(steps[::2], steps[1::2], strict=True)])
+        turns = _of_partners([matmul(x.mT, old) for x, old in zip(bases, old_bases, strict=True)])
+        firsts, seconds = _next_moments(firsts, seconds, gradients, turns, count, b1, b2, eps)
+        steps = [matmul(first, x.mT) for first, x in zip(firsts, _of_partners(inverses), strict=True)]
+        steps = found.write(updates, [(a, b.mT) for a, b in _pairwise(steps)])
         updates = jax.tree.map(lambda u, step: step.astype(u.dtype), updates, steps)
-        new = (with_leaves(params, dict(zip(paths, x, strict=True))) for x in (bases, firsts, seconds))
+        new = (found.with_leaves(params, _pairwise(x)) for x in (bases, firsts, seconds))
         return updates, LoraRiteState(count, skipped, *new)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _sides(tree, pairs):
-    """The paths and leaves of all factors, A and B^T of a pair one after the other."""
-    leaves = [side for a, b in read_pairs(tree, pairs) for side in (a, b.mT)]
-    return [path for pair in pairs for path in (pair.path_a, pair.path_b)], leaves
+def _sides(factors):
+    """All factors in one list, A and B^T of a pair one after the other."""
+    return [side for a, b in factors for side in (a, b.mT)]
 
 
-def _swapped(sides):
+def _pairwise(sides):
+    """What belongs to the two factors of each pair, from a list of all factors."""
+    return list(zip(sides[::2], sides[1::2], strict=True))
+
+
+def _of_partners(sides):
     """What belongs to the partner of each factor."""
     return [sides[j ^ 1] for j in range(len(sides))]
 
@@ -219,7 +219,7 @@ def _clipped(gradients, most):
     return [h * shrink.astype(h.dtype) for h in gradients]
 
 
-def _moved(firsts, seconds, gradients, turns, count, b1, b2, eps):
+def _next_moments(firsts, seconds, gradients, turns, count, b1, b2, eps):
     """The first and second moments after gradients `(n, a, l)`, carried by the turns of the partners' bases."""
     new_firsts, new_seconds = [], []
     for second, h, turn in zip(seconds, gradients, turns, strict=True):

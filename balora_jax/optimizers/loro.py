@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from balora_jax.balance import working_dtype
+from balora_jax.factors import working_dtype
 from balora_jax.linalg import matmul, qr, split, svd
 from balora_jax.optimizers.scaled import check_adamw, check_count, check_params
-from balora_jax.pairs import Pairs, find_pairs, read_pairs, write_pairs
+from balora_jax.pairs import Pairs, PairSearch
 
 
 class LoroState(NamedTuple):
@@ -89,10 +89,10 @@ def loro(
     """
     check_adamw(b1, b2, eps, weight_decay)
     check_count("period", period)
+    find = PairSearch(pairs)
 
     def init_fn(params):
-        if jax.tree.leaves(params):  # optax also initializes with an empty placeholder
-            find_pairs(params, pairs)
+        find.at_init(params)
         mu, nu = (jax.tree.map(lambda x: jnp.zeros_like(x, dtype=working_dtype(x)), params) for _ in range(2))
         return LoroState(jnp.zeros((), jnp.int32), mu, nu)
 
@@ -108,15 +108,15 @@ def loro(
             step = m / bias_1 / (jnp.sqrt(v / bias_2) + eps) + weight_decay * x
             return (-rate * step).astype(g.dtype)
 
-        found = find_pairs(params, pairs)
+        found = find(params)
         directions = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
         steps = _steps(
-            *(read_pairs(tree, found) for tree in (params, directions, updates)),
+            *(found.read(tree) for tree in (params, directions, updates)),
             exact=count % period == 0,
             rate=rate * jnp.sqrt(bias_2) / bias_1,
             weight_decay=weight_decay,
         )
-        return write_pairs(jax.tree.map(adamw, mu, nu, params, updates), found, steps), LoroState(count, mu, nu)
+        return found.write(jax.tree.map(adamw, mu, nu, params, updates), steps), LoroState(count, mu, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -134,7 +134,7 @@ def _steps(factors, directions, gradients, *, exact, rate, weight_decay):
             for side in (0, 1)
         )
         numbers = (jnp.broadcast_to(x, len(old_a)) for x in (rate, 1 - rate * weight_decay))
-        new_a, new_b = _moved(
+        new_a, new_b = _stepped(
             jnp.broadcast_to(exact, len(old_a)), *(x.astype(dtype) for x in numbers), old_a, old_b, *along
         )
         sizes = [factors[i][0] for i in members]
@@ -144,7 +144,7 @@ def _steps(factors, directions, gradients, *, exact, rate, weight_decay):
 
 
 @jax.custom_batching.custom_vmap
-def _moved(exact, rate, shrink, lora_a, lora_b, d_a, d_b):
+def _stepped(exact, rate, shrink, lora_a, lora_b, d_a, d_b):
     """Pairs after an ordinary or an exact step, all arguments over a leading axis of pairs.
 
     Under `vmap` the members join that axis: the exact step stays behind one condition, where batching a `lax.cond`
@@ -163,15 +163,15 @@ def _moved(exact, rate, shrink, lora_a, lora_b, d_a, d_b):
     return jax.lax.cond(exact.any(), riemannian, lambda: (near_a, near_b))
 
 
-@_moved.def_vmap
+@_stepped.def_vmap
 def _(axis_size, in_batched, *arguments):
     """The members in the leading axis of pairs."""
     full = (
         x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
         for x, batched in zip(arguments, in_batched, strict=True)
     )
-    moved = _moved(*(x.reshape(-1, *x.shape[2:]) for x in full))
-    return tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in moved), (True, True)
+    stepped = _stepped(*(x.reshape(-1, *x.shape[2:]) for x in full))
+    return tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in stepped), (True, True)
 
 
 def _retracted(lora_a, lora_b, d_a, d_b, rate):
@@ -181,10 +181,10 @@ def _retracted(lora_a, lora_b, d_a, d_b, rate):
     lora_a, lora_b, d_a, d_b = (jnp.where(finite[:, None, None], x, 0) for x in (lora_a, lora_b, d_a, d_b))
     (basis_a, upper_a), (basis_b, upper_b) = qr(lora_a), qr(lora_b.mT)
     (inverse_a, full_a), (inverse_b, full_b) = _inverse(upper_a), _inverse(upper_b)
-    forth, back = matmul(d_a, inverse_b), matmul(inverse_a.mT, d_b)
-    core = matmul(basis_a.mT, forth)
-    left, upper_left = qr(forth - matmul(basis_a, core))
-    right, upper_right = qr((back - matmul(matmul(back, basis_b), basis_b.mT)).mT)
+    f, e = matmul(d_a, inverse_b), matmul(inverse_a.mT, d_b)
+    core = matmul(basis_a.mT, f)
+    left, upper_left = qr(f - matmul(basis_a, core))
+    right, upper_right = qr((e - matmul(matmul(e, basis_b), basis_b.mT)).mT)
     upper = jnp.concatenate([matmul(upper_a, upper_b.mT) - rate * core, -rate * upper_right.mT], 2)
     lower = jnp.concatenate([-rate * upper_left, jnp.zeros_like(core)], 2)
     block = jnp.concatenate([upper, lower], 1)

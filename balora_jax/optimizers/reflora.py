@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from balora_jax.balance import changed_pairs, working_dtype
+from balora_jax.balance import balance_factors
+from balora_jax.factors import working_dtype
 from balora_jax.linalg import matmul
 from balora_jax.optimizers.scaled import check_adamw, check_interval, check_params
-from balora_jax.pairs import Pairs, find_pairs, read_pairs, write_pairs
+from balora_jax.pairs import Pairs, PairSearch
+from balora_jax.status import is_skipped
 from balora_jax.transport import move_state
 
 
@@ -67,21 +69,21 @@ def precondition_by_reflora(
         (True, True)
     """
     check_interval("warmup_steps", warmup_steps, 0)
-    pairs = pairs if pairs is None or callable(pairs) else tuple(pairs)
+    find = PairSearch(pairs)
 
     def init_fn(params):
-        if jax.tree.leaves(params):  # optax also initializes with an empty placeholder
-            find_pairs(params, pairs)
+        find.at_init(params)
         return RefloraState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
     def update_fn(updates, state, params=None):
         check_params(params)
+        found = find(params)
         if isinstance(warmup_steps, int) and warmup_steps == 0:
-            updates, untouched = _preconditioned(updates, params, pairs)
+            updates, untouched = _preconditioned(updates, params, found)
         else:
             updates, untouched = jax.lax.cond(
                 state.count >= warmup_steps,
-                lambda updates: _preconditioned(updates, params, pairs),
+                lambda updates: _preconditioned(updates, params, found),
                 lambda updates: (updates, jnp.zeros((), jnp.int32)),
                 updates,
             )
@@ -197,49 +199,46 @@ def reflora_s(
     """
     check_adamw(b1, b2, eps, weight_decay)
     check_interval("warmup_steps", warmup_steps, 0)
-    pairs = pairs if pairs is None or callable(pairs) else tuple(pairs)
+    find = PairSearch(pairs)
     inner = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)  # type: ignore[arg-type]
 
     def init_fn(params):
-        if jax.tree.leaves(params):  # optax also initializes with an empty placeholder
-            find_pairs(params, pairs)
+        find.at_init(params)
         return RefloraSState(jnp.zeros((), jnp.int32), inner.init(params))
 
     def update_fn(updates, state, params=None):
         check_params(params)
         updates, moments = inner.update(updates, state.inner, params)
         count = optax.safe_increment(state.count)
-        updates, moments = _rescaled(updates, moments, params, pairs, count >= warmup_steps)
+        updates, moments = _rescaled(updates, moments, params, find(params), count >= warmup_steps)
         return updates, RefloraSState(count, moments)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _preconditioned(updates, params, pairs):
+def _preconditioned(updates, params, found):
     """The gradients after the preconditioning, and the number of pairs that kept theirs."""
-    found = find_pairs(params, pairs)
-    sized = zip(found, read_pairs(params, found), strict=True)
-    short = {pair: len(a) for pair, (a, b) in sized if a.shape[2] > min(a.shape[1], b.shape[2])}
-    found = tuple(pair for pair in found if pair not in short)
-    factors, gradients = read_pairs(params, found), read_pairs(updates, found)
+    ranked = [a.shape[2] <= min(a.shape[1], b.shape[2]) for a, b in found.read(params)]
+    short = sum(n for n, full in zip(found.counts(params), ranked, strict=True) if not full)
+    found = found.only(ranked)
+    factors, gradients = found.read(params), found.read(updates)
     wide = [(a.astype(working_dtype(a, b)), b.astype(working_dtype(a, b))) for a, b in factors]
-    outcomes = changed_pairs(wide, gauge="svd", route="auto")
-    new, untouched = [], jnp.asarray(sum(short.values()), jnp.int32)
+    outcomes = balance_factors(wide, gauge="svd", route="auto")
+    new, untouched = [], jnp.asarray(short, jnp.int32)
     for (a, b), (g_a, g_b), outcome in zip(wide, gradients, outcomes, strict=True):
-        left = outcome.untouched | outcome.nonfinite
-        forth, back = outcome.change, outcome.inverse_change
-        h_a = matmul(matmul(g_a.astype(a.dtype), back.mT), back)
-        h_b = matmul(forth, matmul(forth.mT, g_b.astype(b.dtype)))
-        h_a, h_b = (jnp.where(left[:, None, None], g, h.astype(g.dtype)) for g, h in ((g_a, h_a), (g_b, h_b)))
+        skipped, T, T_inv = is_skipped(outcome.status), outcome.T, outcome.T_inv
+        h_a = matmul(matmul(g_a.astype(a.dtype), T_inv.mT), T_inv)
+        h_b = matmul(T, matmul(T.mT, g_b.astype(b.dtype)))
+        h_a, h_b = (jnp.where(skipped[:, None, None], g, h.astype(g.dtype)) for g, h in ((g_a, h_a), (g_b, h_b)))
         new.append((h_a, h_b))
-        untouched += left.sum(dtype=jnp.int32)
-    return write_pairs(updates, found, new), untouched
+        untouched += skipped.sum(dtype=jnp.int32)
+    return found.write(updates, new), untouched
 
 
-def _rescaled(updates, moments, params, pairs, due):
+def _rescaled(updates, moments, params, found, due):
     """Updates that lead to factors of one norm in each pair, and the moments there; as they came if it is not `due`."""
-    found, steps, changes = find_pairs(params, pairs), [], []
-    for factors, step in zip(read_pairs(params, found), read_pairs(updates, found), strict=True):
+    steps, changes = [], []
+    for factors, step in zip(found.read(params), found.read(updates), strict=True):
         old = [x.astype(working_dtype(*factors, *step)) for x in factors]
         a, b = (x + u.astype(x.dtype) for x, u in zip(old, step, strict=True))
         norm_a, norm_b = (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) for x in (a, b))
@@ -250,4 +249,4 @@ def _rescaled(updates, moments, params, pairs, due):
         steps.append((u_a, u_b))
         identity = jnp.eye(a.shape[2], dtype=a.dtype)[None]
         changes.append((p * identity, identity / p))
-    return write_pairs(updates, found, steps), move_state(moments, found, changes)
+    return found.write(updates, steps), move_state(moments, found, changes)

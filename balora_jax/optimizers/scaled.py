@@ -11,11 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from balora_jax.balance import working_dtype
+from balora_jax.factors import working_dtype
 from balora_jax.linalg import eigh, matmul, split
-from balora_jax.pairs import Pairs, find_pairs, read_pairs, write_pairs
-
-ArrayPair = tuple[jax.Array, jax.Array]
+from balora_jax.pairs import ArrayPair, Pairs, PairSearch
 
 
 def precondition_by_grams(
@@ -168,15 +166,16 @@ def precondition(
         pairs: as for `find_pairs`.
     """
 
+    find = PairSearch(pairs)
+
     def init_fn(params):
-        if jax.tree.leaves(params):  # optax also initializes with an empty placeholder
-            find_pairs(params, pairs)
+        find.at_init(params)
         return optax.EmptyState()
 
     def update_fn(updates, state, params=None):
         check_params(params)
-        found = find_pairs(params, pairs)
-        factors, gradients = read_pairs(params, found), read_pairs(updates, found)
+        found = find(params)
+        factors, gradients = found.read(params), found.read(updates)
         wide = [working_dtype(*pair, *grads) for pair, grads in zip(factors, gradients, strict=True)]
         widened = [
             [(a.astype(dtype), b.astype(dtype)) for (a, b), dtype in zip(side, wide, strict=True)]
@@ -186,7 +185,7 @@ def precondition(
             (h_a.astype(g_a.dtype), h_b.astype(g_b.dtype))
             for (h_a, h_b), (g_a, g_b) in zip(adjust(*widened), gradients, strict=True)
         ]
-        return write_pairs(updates, found, new), state
+        return found.write(updates, new), state
 
     return optax.GradientTransformation(init_fn, update_fn)
 

@@ -40,8 +40,6 @@ from balora_jax.transform import projection_states
 
 Batch = dict[str, jax.Array]
 
-_PROJECTION_COUNTS = ("untouched", "nonfinite", "waiting", "frozen", "disturbed")
-
 
 class TrainState(NamedTuple):
     """All that changes in training, of one member, or of a population along a leading axis of every array.
@@ -352,5 +350,5 @@ def _balance_metrics(state: TrainState) -> dict[str, jax.Array]:
     gaps = jnp.concatenate([balancing_gap(*factors) for factors in read_pairs(state.adapters, pairs)])
     metrics = {"gap_mean": gaps.mean(), "gap_worst": gaps.max()}
     for projection in projection_states(state.opt_state):
-        metrics |= {name: getattr(projection, name) for name in _PROJECTION_COUNTS}
+        metrics |= projection.counts()
     return metrics
