@@ -15,7 +15,8 @@ from balora_jax.adapters.model import (
     remove_adapters,
     unmerge_adapters,
 )
-from balora_jax.adapters.peft import LowRank, PeftAdapter, read_peft, write_peft
+from balora_jax.adapters.peft import LowRank, PeftAdapter
+from balora_jax.adapters.peft_files import read_peft, write_peft
 from balora_jax.adapters.peft_model import export_adapters, load_adapters
 
 __all__ = [

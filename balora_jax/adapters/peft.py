@@ -1,25 +1,20 @@
-"""Adapters as PEFT keeps them: a folder of `adapter_config.json` and `adapter_model.safetensors`.
+"""Adapters as PEFT has them: the fields of `adapter_config.json` and the tensors of `adapter_model.safetensors`.
 
 A module's factors are the tensors `base_model.model.<module>.lora_A.weight (r, in)` and `....lora_B.weight (out, r)`,
 the transposes of `lora_a` and `lora_b`; DoRA adds `....lora_magnitude_vector (out,)`. Neither torch nor PEFT is needed.
 """
 
 import contextlib
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from balora_jax.adapters.lora import Scaling, adapter_scale
-from balora_jax.files import read_object
 from balora_jax.limits import compiled, matching
 from balora_jax.pairs import Pair, find_pairs
 from balora_jax.trees import path_text
@@ -30,8 +25,6 @@ _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)"
 )
 _BASE_COPY = re.compile(r"base_model\.model\.(?P<module>lm_head|model\.embed_tokens)(\.base_layer)?\.weight")
-_READABLE = re.compile(r"BOOL|BF16|F(16|32|64)|[IU](8|16|32|64)")  # dtypes that NumPy has, or ml_dtypes gives it
-_FLOATING = re.compile(r"BF16|F(16|32|64)")
 _MODULE = r"(.*\.)?({})$"  # what PEFT puts around the keys of patterns
 PARTS = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 # What would change the meaning of the factors, with the values under which it does not.
@@ -312,64 +305,6 @@ def from_modules(
             tensor_name(module, part): tensor for part, tensor in zip(PARTS, found, strict=True) if tensor is not None
         }
     return PeftAdapter(config, tensors)
-
-
-def read_peft(folder: str | Path) -> PeftAdapter:
-    """Reads a PEFT folder with a LoRA adapter of any kind.
-
-    Args:
-        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is broken, a field or a tensor has not the form it must have, or the adapter is not LoRA.
-    """
-    config_file, tensor_file = Path(folder) / CONFIG_FILE, Path(folder) / TENSOR_FILE
-    for file in (config_file, tensor_file):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist; a PEFT folder must hold {CONFIG_FILE} and {TENSOR_FILE}")
-    config = read_object(config_file)
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{config_file}: peft_type must be 'LORA', got {config.get('peft_type')!r}")
-    try:
-        with safe_open(tensor_file, framework="numpy") as tensors:
-            found = {name: _tensor(tensors, name) for name in tensors.keys()}  # noqa: SIM118
-            metadata = tensors.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{tensor_file} is broken or not a safetensors file: {error}") from error
-    if not found:
-        raise ValueError(f"{tensor_file} holds no tensors")
-    return PeftAdapter(config, found, metadata)
-
-
-def write_peft(adapter: PeftAdapter, folder: str | Path) -> None:
-    """Writes a PEFT folder.
-
-    Args:
-        adapter: what to write.
-        folder: is made if it does not exist.
-
-    Raises:
-        ValueError: a factor is not finite.
-    """
-    tensors = {name: np.asarray(tensor, order="C") for name, tensor in adapter.tensors.items()}
-    for name, tensor in tensors.items():
-        if ".lora_" in name and not np.isfinite(tensor).all():
-            raise ValueError(f"the tensor {name} must be finite to be written, got a NaN or an infinity")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(json.dumps(dict(adapter.config), indent=2) + "\n")
-    save_file(tensors, folder / TENSOR_FILE, metadata=dict(adapter.metadata))
-
-
-def _tensor(file: Any, name: str) -> np.ndarray:
-    dtype = file.get_slice(name).get_dtype()
-    if not (_FLOATING if ".lora_" in name else _READABLE).fullmatch(dtype):
-        raise ValueError(f"{TENSOR_FILE}: the tensor {name} must be of dtype F32, F16 or BF16, got {dtype}")
-    tensor = file.get_tensor(name)
-    if ".lora_" in name and not tensor.size:
-        raise ValueError(f"{TENSOR_FILE}: the tensor {name} must have entries, got the shape {tensor.shape}")
-    return tensor
 
 
 def _checked(config: Mapping[str, Any], name: str, wanted: str, fits: Callable[[Any], bool]) -> Any:
