@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from dataclasses import replace
-from functools import partial
 from typing import Literal
 
 import jax
@@ -54,10 +53,9 @@ def interpolate_adapters(
         groups[low_rank.lora_a.shape, low_rank.lora_b.shape].append(name)
     tensors = dict(first.tensors)
     with jax.enable_x64(True):
-        between = jax.jit(partial(_WAYS[how], weight=weight))
         for names in groups.values():
             pairs = [_stacked([side[name] for name in names]) for side in modules]
-            factors = [np.asarray(x) for x in between(*pairs)]
+            factors = [np.asarray(x) for x in _WAYS[how](*pairs, weight)]
             for i, name in enumerate(names):
                 new = _unscaled(modules[0][name].scale, *(x[i] for x in factors))
                 if not all(np.isfinite(x).all() for x in new):
@@ -128,4 +126,4 @@ def _products(first, second, weight):
     return truncated(left, right, jnp.zeros(first[0].shape[-1]))
 
 
-_WAYS = {"geodesic": _geodesic, "factors": _factors, "products": _products}
+_WAYS = {"geodesic": jax.jit(_geodesic), "factors": jax.jit(_factors), "products": jax.jit(_products)}
