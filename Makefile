@@ -4,11 +4,13 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN = $(VENV)/bin
 
-.PHONY: quickstart check test parity docs wheel
+.PHONY: quickstart dev check test parity docs wheel
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
 	$(BIN)/balora-jax run configs/quickstart.py
+
+dev: $(VENV)/installed-test
 
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -41,7 +43,7 @@ wheel: $(VENV)/installed
 $(VENV)/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it with make PYTHON=..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[report]'
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed

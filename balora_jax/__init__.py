@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from balora_jax.pairs import Pair, find_pairs, read_pairs, write_pairs
     from balora_jax.projection import balance_tree
     from balora_jax.status import Status
-    from balora_jax.transform import BaloraProjectState, BaloraState, balora, balora_project, check_projection
+    from balora_jax.transform import (
+        BaloraProjectState,
+        BaloraState,
+        balora,
+        balora_project,
+        check_projection,
+        pair_statuses,
+    )
 
     __version__: str
 
@@ -36,6 +43,7 @@ __all__ = [
     "balora_project",
     "check_projection",
     "find_pairs",
+    "pair_statuses",
     "read_pairs",
     "write_pairs",
 ]

@@ -12,6 +12,7 @@ from balora_jax.pairs import Pairs, PairSearch
 from balora_jax.projection import disturbed, project
 from balora_jax.status import COUNTED, Status, is_skipped, is_untouched
 from balora_jax.transport import check_movable, move_state
+from balora_jax.trees import path_text
 
 
 class BaloraProjectState(NamedTuple):
@@ -145,6 +146,10 @@ class BaloraState(NamedTuple):
     inner: optax.OptState
     projection: BaloraProjectState
 
+    def counts(self) -> dict[str, jax.Array]:
+        """As `BaloraProjectState.counts`."""
+        return self.projection.counts()
+
 
 def balora(
     inner: optax.GradientTransformation,
@@ -233,6 +238,45 @@ def projection_states(opt_state: Any) -> list[BaloraProjectState]:
     """Returns the states of all projections in an optimizer's state."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, BaloraProjectState))
     return [node for node in nodes if isinstance(node, BaloraProjectState)]
+
+
+def pair_statuses(opt_state: Any, params: Any, *, pairs: Pairs | None = None) -> dict[str, tuple[Status, ...]]:
+    """Returns what the last projection made of every pair, by the paths of its leaves; outside of `jit`.
+
+    Args:
+        opt_state: of any optax transformation that holds one `balora_project` or `balora`.
+        params: the parameters that it trains.
+        pairs: as the transformation was given.
+
+    Returns:
+        For `"path/of/a, path/of/b"` one status, or for leaves that stack pairs one each.
+
+    Raises:
+        ValueError: the state holds no projection or several, or is that of other parameters or of a population.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> params = {"lora_a": jnp.eye(6, 2), "lora_b": 3.0 * jnp.eye(2, 5)}
+        >>> tx = balora(optax.sgd(1e-3))
+        >>> _, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        >>> {pair: [status.name for status in found] for pair, found in pair_statuses(state, params).items()}
+        {'lora_a, lora_b': ['BALANCED']}
+    """
+    states = projection_states(opt_state)
+    if len(states) != 1:
+        raise ValueError(f"opt_state must hold the state of one balora_project or balora, found {len(states)}")
+    found = PairSearch(pairs)(params)
+    counts, status = found.counts(params), np.asarray(states[0].status)
+    if status.shape != (sum(counts),):
+        raise ValueError(
+            f"opt_state must be that of the {sum(counts)} pairs of params, got statuses of shape {status.shape}; "
+            f"of a population take one member"
+        )
+    parts = np.split(status, np.cumsum(counts)[:-1])
+    return {
+        f"{path_text(pair.path_a)}, {path_text(pair.path_b)}": tuple(Status(int(x)) for x in part)
+        for pair, part in zip(found.pairs, parts, strict=True)
+    }
 
 
 def check_projection(opt_state: Any) -> None:

@@ -27,7 +27,7 @@ def unchanged_environment(monkeypatch):
 
 @pytest.mark.parametrize("name", cli._COMMANDS)
 def test_every_command_has_a_main(name):
-    assert callable(importlib.import_module(f"balora_jax.commands.{name}").main)
+    assert callable(importlib.import_module(f"balora_jax.commands.{name.replace('-', '_')}").main)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from oracles import hyper_balanced, mixed_pair
 
-from balora_jax import balance_pair, balora_project
+from balora_jax import balance_pair, balora, balora_project, pair_statuses
 from balora_jax.status import COUNTED, Status, is_skipped, is_untouched
 
 A, B = (np.float32(x) for x in mixed_pair(12, 3, 9))
@@ -65,3 +66,29 @@ def test_status_of_an_update_is_counted_by_name():
     for name in params.keys() - {"BALANCED", "NO_UPDATE"}:
         for new, old in zip(updates[name].values(), steps[name].values(), strict=True):
             np.testing.assert_array_equal(new, old)
+
+
+def test_statuses_are_told_pair_by_pair():
+    """Of pairs that are stacked or not, in a chain, and by names of the user's own."""
+    key = jax.random.key(0)
+    params = {
+        "stacked": {"lora_a": jax.random.normal(key, (3, 6, 2)), "lora_b": jnp.zeros((3, 2, 5)).at[1].set(1e-3)},
+        "one": {"lora_a": jnp.eye(6, 2), "lora_b": jnp.eye(2, 5)},
+    }
+    tx = optax.chain(optax.clip_by_global_norm(1.0), balora(optax.sgd(1e-3)))
+    grads = jax.tree.map(jnp.ones_like, params)
+    grads["one"]["lora_b"] = jnp.full((2, 5), jnp.nan)
+    _, state = balora(optax.sgd(1e-3)).update(grads, balora(optax.sgd(1e-3)).init(params), params)
+    found = pair_statuses(state, params)
+    assert found["one/lora_a, one/lora_b"] == (Status.NONFINITE,)
+    assert len(found["stacked/lora_a, stacked/lora_b"]) == 3
+    by_name = {status: sum(s is status for one in found.values() for s in one) for status in Status}
+    assert all(int(state.counts()[s.name.lower()]) == n for s, n in by_name.items() if s.name.lower() in state.counts())
+    assert set(pair_statuses(tx.init(params), params)["one/lora_a, one/lora_b"]) == {Status.NO_UPDATE}
+    other = {"down": jnp.eye(6, 2), "up": jnp.eye(2, 5)}
+    named = [("down", "up")]
+    assert list(pair_statuses(balora(optax.sgd(1.0), pairs=named).init(other), other, pairs=named)) == ["down, up"]
+    with pytest.raises(ValueError, match=r"must be that of the 1 pairs of params, got statuses of shape \(4,\)"):
+        pair_statuses(state, {"one": params["one"]})
+    with pytest.raises(ValueError, match=r"the state of one balora_project or balora, found 0"):
+        pair_statuses(optax.sgd(1.0).init(params), params)

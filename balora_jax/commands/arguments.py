@@ -138,6 +138,8 @@ def apply_overrides(
             if isinstance(get_field(config, field), bool) and ("=" in argument or not following.startswith("--")):
                 part, _, last = field.rpartition(".")
                 raise ConfigError(f"{field} takes no value; write --{field} or --{part}.no-{last}")
+            if field == "options" and "=" in following:
+                raise ConfigError(f"options are given as --options NAME VALUE, got {following}")
             overridden.append(field)
     config = parse(Config, arguments, prog=prog, description=description, default=config)
     return config, _without(config, sweep, overridden)

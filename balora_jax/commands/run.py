@@ -38,7 +38,9 @@ def main(arguments: list[str]) -> int:
     if len(methods) > 1:
         reference = "lora" if "lora" in methods else methods[0]
         console.print(verdict(standings(runs, reference=reference), reference), soft_wrap=True)
-    report = f", report: {output / 'report.html'}" if (output / "report.html").exists() else ""
+    report = f", report: {output / 'report.html'}"
+    if not (output / "report.html").exists():
+        report = "; with the extra report (plotly) there is a page of curves and tables too"
     console.print(f"record: {output}, figure: {output / 'figure.png'}{report}", soft_wrap=True)
     return 0
 

@@ -15,7 +15,7 @@ MOST_POINTS = 400
 """Points of a line; longer ones are thinned out."""
 
 _DASHES = {"solid": "solid", "dashed": "dash", "dotted": "dot", "dashdot": "dashdot"}
-_AXIS = {"gridcolor": "#e5e5e5", "zeroline": False, "automargin": True, "exponentformat": "power"}
+_AXIS = {"gridcolor": "#e5e5e5", "zeroline": False, "automargin": True, "tickformat": "~g"}
 
 Chart = dict[str, Any]
 
@@ -53,7 +53,7 @@ def other_loss_curves(rows: Sequence[Standing], name: str) -> Chart | None:
 
 
 def spectra(rows: Sequence[Standing]) -> Chart | None:
-    """Returns the singular values of every pair at the end: the middle one, and a band from the least to the greatest.
+    """Returns the singular values of every pair at the end: the middle one, and a bar from the least to the greatest.
 
     They are of the first seed of the best cells; None without pairs.
     """
@@ -66,11 +66,22 @@ def spectra(rows: Sequence[Standing]) -> Chart | None:
         values = [sorted(map(float, line["product"])) for line in lines]
         least, greatest = ([one[at] for one in values] for at in (0, -1))
         middle = [statistics.median(one) for one in values]
-        traces += _line_with_band(names, middle, (least, greatest), shown(described(row)), look)
+        ends = {"array": [y - x for x, y in zip(middle, greatest, strict=True)]}
+        ends |= {"arrayminus": [x - y for x, y in zip(middle, least, strict=True)]}
+        traces.append(
+            {
+                "x": names,
+                "y": middle,
+                "error_y": {"type": "data", "symmetric": False, "thickness": 1.5, **ends},
+                "mode": "markers",
+                "marker": {"color": look["color"], "size": 7},
+                "name": shown(described(row)),
+            }
+        )
     if not traces:
         return None
     chart = _chart(traces, "layer", "singular values of the product", logarithmic=True)
-    chart["layout"]["xaxis"] |= {"type": "category", "tickangle": -90, "tickfont": {"size": 9}}
+    chart["layout"]["xaxis"] |= {"type": "category", "tickangle": -45, "tickfont": {"size": 10}}
     chart["layout"]["margin"] |= {"b": 160}
     return chart
 
@@ -170,8 +181,8 @@ def _chart(traces: list[dict], x: str, y: str, *, logarithmic: bool) -> Chart:
     menu = {"type": "buttons", "direction": "right", "active": int(logarithmic), "buttons": buttons}
     menu |= {"x": 0, "xanchor": "left", "y": 1.01, "yanchor": "bottom", "font": {"size": 11}}
     layout = {
-        "xaxis": {"title": {"text": x}, **_AXIS},
-        "yaxis": {"title": {"text": y}, "type": "log" if logarithmic else "linear", **_AXIS},
+        "xaxis": {"title": {"text": x, "standoff": 12}, **_AXIS},
+        "yaxis": {"title": {"text": y, "standoff": 12}, "type": "log" if logarithmic else "linear", **_AXIS},
         "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "maxheight": 0.6},
         "margin": {"l": 60, "r": 10, "t": 36, "b": 50},
         "hovermode": "x unified",

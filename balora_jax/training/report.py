@@ -145,7 +145,7 @@ def _charts(rows: Sequence[Standing]) -> Iterator[tuple[str, charts.Chart, str]]
         (
             "Singular values of every layer at the end",
             charts.spectra(rows),
-            "Of s·A·B: the middle value, and a band from the least to the greatest; first seed of the best cell.",
+            "Of s·A·B: the middle value, and a bar from the least to the greatest; first seed of the best cell.",
         ),
         (
             "Training loss over steps",

@@ -151,9 +151,11 @@ def verdict(rows: Sequence[Standing], reference: str) -> str:
         said.append(f"not told apart from {reference} by these seeds: {which}")
     text, count = "; ".join(said), len(compared)
     corrected = f", {100 * LEVEL:g} % in all {count} comparisons" if count > 1 else ""
+    most = max(row.difference.n for row in compared if row.difference)
+    few = " Two seeds seldom decide: run more." if most == 2 else ""
     return (
         f"{text[0].upper()}{text[1:]} (evaluation loss of the best cells less {reference}'s, paired by seed, with 95 % "
-        f"intervals{corrected})."
+        f"intervals{corrected}).{few}"
     )
 
 
