@@ -11,9 +11,11 @@ from jax.custom_derivatives import SymbolicZero
 from balora_jax.models.decoder import Decoder, head_logits
 from balora_jax.sharding import entries_at
 
-_LOGITS_AT_ONCE = {"cpu": 2**20}
-"""Logits that are worth computing at once on a backend: 4 MiB, which a CPU's cache holds; on others 2^26 or 256 MiB, of
-some hundred tokens of the largest vocabularies."""
+_MOST_LOGITS = 2**26
+"""Logits that are held at once: 256 MiB."""
+
+_TOKENS_AT_ONCE = {"cpu": 512}
+"""Tokens that are worth a pass over the head on a backend. On CPUs fewer cost more passes, and more the cache."""
 
 
 def token_cross_entropy(
@@ -37,7 +39,8 @@ def token_cross_entropy(
         the backward pass computes the logits of each piece again.
     """
     if logits_at_once is None:
-        logits_at_once = _LOGITS_AT_ONCE.get(jax.default_backend(), 2**26)
+        tokens = _TOKENS_AT_ONCE.get(jax.default_backend(), labels.size)
+        logits_at_once = min(tokens * model.config.vocab_size, _MOST_LOGITS)
     rows, length = labels.shape
     width = max(1, min(length, logits_at_once // (rows * model.config.vocab_size)))
     width = -(-length // -(-length // width))
