@@ -1,6 +1,8 @@
 """Mistakes that the command line shows as one line."""
 
+import difflib
 import unicodedata
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -20,6 +22,13 @@ def printable(text: str, *, keep: str = "") -> str:
         keep: characters that may stay.
     """
     return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") and c not in keep else c for c in text)
+
+
+def not_among(what: str, name: object, names: Iterable[str]) -> str:
+    """Returns what to say of a name that is none of those there are, with the nearest of them."""
+    names = list(names)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    return f"{what} must be one of {', '.join(names)}, got {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def shown_value(value: Any) -> str:

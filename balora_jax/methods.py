@@ -4,7 +4,6 @@ Adding a method is adding a row (and a file for its layer or its optimizer, if i
 """
 
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from balora_jax.adapters import (
     LoRALinear,
 )
 from balora_jax.adapters.lora import Scaling
+from balora_jax.errors import not_among
 from balora_jax.optimizers import (
     adalora,
     adamw,
@@ -268,7 +268,5 @@ def get_method(name: str) -> Method:
         ValueError: there is none; the message suggests the nearest.
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(str(name), METHODS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}{hint}")
+        raise ValueError(not_among("method", name, METHODS))
     return METHODS[name]

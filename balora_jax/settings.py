@@ -7,6 +7,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Gauge = Literal["svd", "raw_svd", "nearest", "symmetric"]
+METHOD_NAMES = (
+    *("full", "galore", "lora", "rslora", "lora_plus", "dora", "olora", "pissa", "lora_ga", "lora_rite", "reflora"),
+    *("reflora_s", "loro", "scaled_gd", "scaled_adamw", "lora_pro", "adalora", "balora", "balora_ga", "balora_gd"),
+    *("balora_plus", "balora_rslora", "balora_dora", "balora_olora", "balora_pissa"),
+)
+"""The names in `balora_jax.methods.METHODS`, in its order."""
+
 Schedule = Literal["constant", "linear", "cosine"]
 
 

@@ -3,7 +3,6 @@
 Examples have the columns `module`, `prompt` and `answer` (and `choices`), or `module` and `messages`.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from balora_jax.data.mathematics.published import read_file
 from balora_jax.data.rows import Reader
 from balora_jax.data.scores import Score, exact_match, same_final_answer
 from balora_jax.data.sources import read_source, split
+from balora_jax.errors import not_among
 from balora_jax.settings import DataSettings
 
 MOST_GENERATED = 10_000_000
@@ -55,9 +55,7 @@ def load(settings: DataSettings) -> Splits:
         FileNotFoundError: the data are missing.
     """
     if settings.recipe not in RECIPES:
-        near = difflib.get_close_matches(settings.recipe, RECIPES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"data.recipe must be one of {', '.join(RECIPES)}, got {settings.recipe!r}{hint}")
+        raise ValueError(not_among("data.recipe", settings.recipe, RECIPES))
     if twice := [name for name in settings.modules if settings.modules.count(name) > 1]:
         raise ValueError(f"data.modules must name each module once, got {twice[0]!r} more often")
     splits = RECIPES[settings.recipe](settings)

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+import sys
 import types
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
-from balora_jax.errors import ConfigError, shown_value
-from balora_jax.settings import Config, OptimizerSettings
+from balora_jax.errors import ConfigError, not_among, shown_value
+from balora_jax.settings import METHOD_NAMES, Config, OptimizerSettings
 from balora_jax.training.fields import field_names, field_types, get_field, hints
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ _SEEDS = "seed", "data.seed"
 def check(config: Config) -> None:
     """Raises `ConfigError` if a field has the wrong type or a value that cannot be run."""
     check_types(config)
+    may_be_own = "balora_jax.methods" in sys.modules  # where a config file may have added some
+    if config.method not in METHOD_NAMES and not may_be_own:
+        raise ConfigError(not_among("method", config.method, METHOD_NAMES))
     if not config.name.isprintable() or "/" in config.name or config.name in ("", ".", ".."):
         raise ConfigError(f"name must do as that of a folder, got {shown_value(config.name)}")
     for name in ("training.steps", "training.batch_size", "training.accumulate", "training.eval_every",

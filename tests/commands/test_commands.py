@@ -387,6 +387,7 @@ CHEAP = {
         f"field of {command} out of range": ([command, "{config}", "--adapter.rank", "0"], 2)
         for command in ("run", "estimate", "evaluate")
     },
+    "unknown method": (["run", "{config}", "--method", "loro_"], 2),
     "bad type": (["evaluate", "{config}", "--adapter.rank", "x"], 2),
     "help of a config": (["run", "{config}", "--help"], 0),
     "missing adapter of evaluate": (["evaluate", "{config}", "--adapter", "nowhere"], 2),

@@ -11,6 +11,7 @@ from balora_jax import balancing_gap, find_pairs
 from balora_jax.methods import METHODS, get_method
 from balora_jax.models.weights import load_decoder
 from balora_jax.pairs import read_pairs
+from balora_jax.settings import METHOD_NAMES
 from balora_jax.training import ConfigError
 from balora_jax.training.checkpoints import Checkpoints
 from balora_jax.training.checks import check
@@ -117,6 +118,10 @@ def test_members_do_not_touch_each_other(trained):
         np.testing.assert_allclose(joint[1], other[0], atol=5e-5)
         np.testing.assert_allclose(joint[1], other[1], atol=5e-5)
         assert not np.array_equal(joint[0], joint[1])
+
+
+def test_the_command_line_knows_their_names():
+    assert tuple(METHODS) == METHOD_NAMES
 
 
 def test_settings_that_a_method_does_not_read():
