@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import pymanopt.manifolds  # noqa: F401
 import pytest
 
 jax.config.update("jax_enable_x64", False)  # importing pymanopt turns it on, for all tests of the process
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background has it ignored
 
 
 SLOW = Path(__file__).with_name("slow.txt")
