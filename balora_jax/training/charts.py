@@ -63,7 +63,7 @@ def spectra(rows: Sequence[Standing]) -> Chart | None:
         if not lines:
             continue
         names = [shown(str(line["pair"])) for line in lines]
-        values = [sorted(map(float, line["product"])) for line in lines]
+        values = [sorted(map(float, line["singular_values"])) for line in lines]
         least, greatest = ([one[at] for one in values] for at in (0, -1))
         middle = [statistics.median(one) for one in values]
         ends = {"array": [y - x for x, y in zip(middle, greatest, strict=True)]}

@@ -49,7 +49,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, data: dict) -> None:
-        """Begins to write a checkpoint, of a copy of the state, and returns; `wait` says when it is on disk.
+        """Begins to write a checkpoint, and returns when the state is on the host; `wait` says when it is on disk.
 
         Args:
             step: its number.
@@ -63,7 +63,6 @@ class Checkpoints:
         self._step = step
         with self._unwritten():
             self._check_room(state)  # as orbax's threads, when they find none, have much to say
-            state = jax.tree.map(jnp.copy, state)
             meta = {"data": data, "checksum": _checksum(state)}
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
             self._manager.save(step, args=args)
@@ -105,8 +104,9 @@ class Checkpoints:
         return restored.state, restored.meta["data"]
 
     def close(self) -> None:
-        """Releases the folder, when what was saved is on disk."""
-        self._manager.close()
+        """Releases the folder, when what was saved is on disk; raises as `wait`."""
+        with contextlib.nullcontext() if self._step is None else self._unwritten(self._step):
+            self._manager.close()
 
     @contextlib.contextmanager
     def _unwritten(self, step: int | None = None):

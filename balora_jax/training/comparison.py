@@ -149,8 +149,8 @@ def load_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[Record]]:
             if key in known:
                 raise ValueError(f"{folder} holds {member}, which another folder holds too")
             known.add(key)
-            own = [line for line in spectra if line["member"] == member]
-            runs.append(Run(config, results[member], curves[member], steps[member], evaluations[member], own))
+            own = curves[member], steps[member], evaluations[member], spectra.get(member, [])
+            runs.append(Run(config, results[member], *own))
     return runs, environments
 
 
@@ -176,16 +176,19 @@ def _read_folder(folder: Path) -> tuple[dict[str, dict], list[Record], list[Reco
     return configs, records, environments
 
 
-def _read_spectra(file: Path) -> list[Record]:
-    """The lines of a run's spectra, none if it has no such file; raises `RunError` if one is broken."""
-    lines = file.read_text().splitlines() if file.is_file() else []
-    try:
-        spectra = [parse_line(line) for line in lines]
-        if all(isinstance(one["member"], str) and all(map(is_number, one["product"])) for one in spectra):
-            return spectra
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{file} is broken: {error}") from error
-    raise RunError(f"{file} is broken: its lines must have a member and numbers under product")
+def _read_spectra(file: Path) -> dict[str, list[Record]]:
+    """The lines of a run's spectra by member, none if it has no such file; raises `RunError` if one is broken."""
+    spectra: dict[str, list[Record]] = {}
+    for number, line in enumerate(file.read_text().splitlines() if file.is_file() else (), start=1):
+        try:
+            one = parse_line(line)
+            good = all(map(is_number, one["singular_values"])) and isinstance(one["pair"], str)
+            spectra.setdefault(one["member"], []).append(one)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{file}, line {number} is broken: {error}") from error
+        if not good:
+            raise RunError(f"{file}, line {number} must have a text under pair and numbers under singular_values")
+    return spectra
 
 
 def _is_config(config: Any) -> bool:

@@ -4,9 +4,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 
 from balora_jax.errors import ConfigError
 from balora_jax.methods import get_method
@@ -23,7 +21,7 @@ from balora_jax.training.loading import load_data, load_evaluations
 from balora_jax.training.populations import Members
 from balora_jax.training.progress import TrainingProgress
 from balora_jax.training.records import Record, RunDirectory
-from balora_jax.training.spectra import conditions, spectra
+from balora_jax.training.spectra import conditions, diagnoses, of_members
 from balora_jax.training.step import Program, TrainState
 
 OWN = ""
@@ -76,6 +74,7 @@ class Evaluations:
             self.check_start(losses[OWN].total, "evaluation loss")
         own = losses[OWN]
         others = {name: found.total for name, found in losses.items() if name != OWN}
+        pairs = [conditions(one) for one in of_members(state.adapters)] if self._has_pairs else None
         records = []
         for index, member in enumerate(self._members):
             record = {"kind": "evaluation", "population": self._name, "member": member, "step": step}
@@ -83,8 +82,9 @@ class Evaluations:
             record["by_module"] = {name: number(loss[index]) for name, loss in own.by_module.items()}
             if others:
                 record["others"] = {name: number(loss[index]) for name, loss in others.items()}
-            found = conditions(_member(state, index)) if self._has_pairs else {}
-            records.append(record | {name: number(value) for name, value in found.items()})
+            if pairs is not None:
+                record |= {name: number(value) for name, value in pairs[index].items()}
+            records.append(record)
         self._directory.append(records)
 
     def record_results(self, state: TrainState, step: int, progress: TrainingProgress) -> None:
@@ -112,7 +112,8 @@ class Evaluations:
                 }
                 for name, examples in self._sets.items()
             )
-            by_module = {name: share for name, share in shares.get(OWN, {index: {}})[index].items() if name != "all"}
+            by_module = dict(shares[OWN][index]) if OWN in shares else {}
+            by_module.pop("all", None)
             record = {"kind": "result", "population": self._name, "member": member, "step": step}
             record |= own | {"accuracy_by_module": by_module}
             if others:
@@ -161,16 +162,16 @@ class Evaluations:
         return shares
 
     def _write_spectra(self, state: TrainState, step: int) -> None:
-        """Writes the singular values of every pair, of `A B` with the scale of the adapters."""
+        """Writes every pair in numbers: its balance and condition, and the singular values of `s A B`."""
         if not self._has_pairs:
             return
         lines = []
-        for index, member in enumerate(self._members):
-            scale = abs(self._program.scale(self._members[member]))
-            for name, *values in spectra(_member(state, index)):
-                lora_a, lora_b, product = ([float(f"{x:.6g}") for x in one] for one in values)
-                line = {"member": member, "step": step, "pair": name, "lora_a": lora_a, "lora_b": lora_b}
-                lines.append(line | {"product": [float(f"{scale * x:.6g}") for x in product]})
+        for (member, config), adapters in zip(self._members.items(), of_members(state.adapters), strict=True):
+            for name, found in diagnoses(adapters, self._program.scale(config)):
+                line = {"member": member, "step": step, "pair": name, "gap": found.gap}
+                line |= {"condition": number(found.condition_number)}
+                line |= {"least_condition": number(found.least_condition_number)}
+                lines.append(line | {"singular_values": [float(f"{x:.6g}") for x in found.singular_values]})
         self._directory.write_lines("spectra.jsonl", self._name, lines)
 
     def _selected_step(self, state: TrainState, index: int, step: int) -> int:
@@ -181,11 +182,6 @@ class Evaluations:
 
     def _of(self, member: str, kind: str, step: int) -> Record:
         return self._directory.of(kind, population=self._name, member=member, step=step)[-1]
-
-
-def _member(state: TrainState, index: int) -> nnx.State:
-    """The adapters of one member."""
-    return jax.tree.map(lambda x: x[index], state.adapters)
 
 
 def median(losses: Iterable[float]) -> float:

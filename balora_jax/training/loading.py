@@ -49,7 +49,7 @@ def load_data(settings: DataSettings, model: str = ModelSettings.path) -> tuple[
     """
     tokenizer = _tokenizer(settings, model)
     with _explained():
-        splits = _splits(settings)
+        splits = recipes.load(settings)
         train, held_out = (
             encode(split, tokenizer, max_length=settings.length) for split in (splits.train, splits.evaluation)
         )
@@ -100,7 +100,7 @@ def load_evaluation(
     )
     tokenizer = _tokenizer(data, model)
     with _explained(f"evaluations, {settings.name}: "):
-        splits = _splits(own)
+        splits, train = recipes.load(own), recipes.load(data).train
         encoded = encode(splits.evaluation, tokenizer, max_length=own.length)
         left_out = splits.left_out | recipes.check_lengths(own, splits.evaluation, encoded.kept, "evaluation")
     there = len(splits.evaluation)
@@ -108,7 +108,7 @@ def load_evaluation(
     if there < (settings.examples or 0):
         notes.append(f"{settings.examples:,} examples asked for, {there:,} there")
     notes += [f"skipped {count} {what}" for what, count in left_out.items() if what.startswith("evaluation")]
-    if shared := recipes.count_shared(splits.evaluation, _splits(data).train):
+    if shared := recipes.count_shared(splits.evaluation, train):
         notes.append(f"{shared:,} of its questions are training examples too")
     examples = EvaluationSet.build(encoded, splits.evaluation, tokenizer, score=splits.score)
     return examples, [f"{settings.name}: {note}" for note in notes]
@@ -118,9 +118,6 @@ def load_evaluations(config: Config) -> tuple[dict[str, EvaluationSet], list[str
     """The evaluation sets that a config has beside its own, by name, and their notes; raises as `load_evaluation`."""
     found = {s.name: load_evaluation(s, config.data, config.model.path) for s in config.evaluations}
     return {name: examples for name, (examples, _) in found.items()}, [n for _, notes in found.values() for n in notes]
-
-
-_splits = cache(recipes.load)
 
 
 def _tokenizer(settings: DataSettings, model: str) -> Tokenizer:

@@ -213,12 +213,19 @@ class RunDirectory:
                 why = f"the learning rate falls to zero at its end (optimizer.schedule {schedule})"
             elif get_method(config.method).phased:
                 why = f"the phases of {config.method} are shares of it"
+            elif self._has_chosen_out_of_turn(before[name]["training"]):
+                why = "its last evaluation, which came out of turn (training.eval_every), had a part in training.select"
             else:
                 continue
             raise ConfigError(
                 f"{self.path} holds a run of {before[name]['training']['steps']} steps, which cannot go on to {steps}: "
                 f"{why}; choose another --output for a run of {steps} from the start"
             )
+
+    def _has_chosen_out_of_turn(self, training: Any) -> bool:
+        """Whether the state of a run knows an evaluation that a run of more steps does not have."""
+        chooses = training.get("select") == "best" or training.get("patience") is not None
+        return chooses and training["steps"] % training["eval_every"] != 0
 
     def _forget_the_end(self, before: Any) -> None:
         """Forgets what a run records at its last step alone: results, and an evaluation out of turn."""

@@ -1,71 +1,53 @@
-"""Singular values of the pairs of a run, and how well conditioned each pair is."""
+"""What the pairs of a run are like: their spectra, and how well they are conditioned."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
+from balora_jax.adapters.diagnosis import Diagnosis, diagnose
 from balora_jax.pairs import find_pairs, read_pairs
 from balora_jax.trees import path_text
 
 
-class Spectrum(NamedTuple):
-    """Singular values of one pair, each `(r,)`, descending, in float64.
-
-    Attributes:
-        name: the layer that it adapts; with `[i]` behind it in a stack.
-        lora_a: those of A.
-        lora_b: those of B.
-        product: those of `A B`.
-    """
-
-    name: str
-    lora_a: np.ndarray
-    lora_b: np.ndarray
-    product: np.ndarray
-
-    @property
-    def condition(self) -> float:
-        """`(sigma_1(A)^2 + sigma_1(B)^2) / min(sigma_r(A), sigma_r(B))^2`, see `factorization_condition_number`."""
-        return _ratio(self.lora_a[0] ** 2 + self.lora_b[0] ** 2, min(self.lora_a[-1], self.lora_b[-1]) ** 2)
-
-    @property
-    def least_condition(self) -> float:
-        """`2 sigma_1(A B) / sigma_r(A B)`, that of the balanced pair of the same product."""
-        return _ratio(2 * self.product[0], self.product[-1])
-
-
-def spectra(adapters: nnx.State) -> Iterator[Spectrum]:
-    """Yields the spectra of all pairs of one member.
+def diagnoses(adapters: Any, scale: float = 1.0) -> Iterator[tuple[str, Diagnosis]]:
+    """Yields every pair of one member in numbers, but for those that are not finite.
 
     Args:
-        adapters: its adapters.
+        adapters: its adapters, on the host.
+        scale: by which the products are multiplied.
+
+    Yields:
+        The layer that a pair adapts, with `[i]` behind it in a stack, and the diagnosis.
 
     Notes:
-        On the host, in O((a + b) r^2) for each pair.
+        In O((a + b) r^2) for each pair.
     """
-    adapters = jax.tree.map(np.asarray, adapters)
     pairs = find_pairs(adapters)
     for pair, factors in zip(pairs, read_pairs(adapters, pairs), strict=True):
-        lora_a, lora_b = (np.asarray(factor, np.float64) for factor in factors)
-        if not (np.isfinite(lora_a).all() and np.isfinite(lora_b).all()):
-            continue
-        right_a, right_b = (np.asarray(np.linalg.qr(factor, mode="r")) for factor in (lora_a, lora_b.mT))
-        values = (np.linalg.svd(x, compute_uv=False) for x in (right_a, right_b, right_a @ right_b.mT))
         name = path_text(pair.path_a).rpartition("/")[0]
-        for index, (of_a, of_b, of_product) in enumerate(zip(*values, strict=True)):
-            yield Spectrum(name if len(lora_a) == 1 else f"{name}[{index}]", of_a, of_b, of_product)
+        for index, (lora_a, lora_b) in enumerate(zip(*map(np.asarray, factors), strict=True)):
+            if np.isfinite(lora_a).all() and np.isfinite(lora_b).all():
+                yield name if len(factors[0]) == 1 else f"{name}[{index}]", diagnose(lora_a, lora_b, scale)
 
 
-def conditions(adapters: nnx.State) -> dict[str, float]:
-    """Returns medians over the pairs of one member: `condition`, and `least_condition` of the same products."""
-    found = [(one.condition, one.least_condition) for one in spectra(adapters)]
+def conditions(adapters: Any) -> dict[str, float]:
+    """Returns medians over the pairs of one member: `condition`, and `least_condition` of the same products.
+
+    Args:
+        adapters: its adapters, on the host.
+
+    Returns:
+        Nothing if no pair is finite.
+    """
+    found = [(one.condition_number, one.least_condition_number) for _, one in diagnoses(adapters)]
     if not found:
         return {}
     return dict(zip(("condition", "least_condition"), np.median(found, axis=0).tolist(), strict=True))
 
 
-def _ratio(numerator: float, denominator: float) -> float:
-    return float(numerator / denominator) if denominator > 0 else float("inf")
+def of_members(adapters: Any) -> list[Any]:
+    """Returns the adapters of each member of a population, fetched from the device at once."""
+    adapters = jax.device_get(adapters)
+    return [jax.tree.map(lambda x, i=i: x[i], adapters) for i in range(len(jax.tree.leaves(adapters)[0]))]

@@ -57,6 +57,7 @@ class Trainer:
                     state = self._steps(state, checkpoints, progress)
                 self._evaluations.record_results(state, self._done, progress)
         except KeyboardInterrupt as interruption:
+            self._record_checkpoint(checkpoints.wait())
             raise Interrupted(self._what_is_left(), getattr(interruption, "signal", signal.SIGINT)) from None
         finally:
             checkpoints.close()
@@ -102,9 +103,7 @@ class Trainer:
         for seed, iterator in self._iterators.items():
             iterator.set_state(place[str(seed)])
         self._directory.rewind(self._name, step)
-        if not self._directory.of(
-            "checkpoint", population=self._name, step=step
-        ):  # which was on disk before its record
+        if not self._directory.of("checkpoint", population=self._name, step=step):  # it was on disk before its record
             self._record_checkpoint(step)
         self._done = self._saved = step
         self._console.print(f"{self._name}: going on from step {step}", markup=False)

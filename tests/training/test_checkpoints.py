@@ -62,6 +62,19 @@ def test_a_state_may_be_donated_while_it_is_written(tmp_path):
     checkpoints.close()
 
 
+def test_what_could_not_be_written_is_told_when_the_folder_is_closed(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "lora", keep=1)
+    checkpoints.save(1, {"x": jnp.zeros(3)}, {})
+
+    def fails(manager):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(checkpoints._manager), "wait_until_finished", fails)
+        with pytest.raises(RunError, match=r"cannot write the checkpoint .*lora/1 \(.*No space left on device\)"):
+            checkpoints.close()
+
+
 @pytest.mark.parametrize("change", ["one number", "two that change places"])
 def test_checksums_tell_states_apart(change):
     before = jnp.arange(12.0).reshape(3, 4)

@@ -206,3 +206,27 @@ def test_an_evaluation_set_without_splits_is_used_whole(files, qwen, tmp_path):
     assert load_evaluation(whole, held_out, qwen)[1] == ["mine: 7 of its questions are training examples too"]
     with pytest.raises(ConfigError, match=r"evaluations, mine: data\.eval_split must be a split of the data"):
         load_evaluation(dataclasses.replace(whole, split="test"), data, qwen)
+
+
+def test_sets_of_all_kinds_beside_one_that_has_no_answers(config, qwen, files, tmp_path):
+    """Conversations are trained on; free answers, choices and bare text are evaluated on too."""
+    sets = tuple(
+        EvaluationSettings(f"my {recipe}", recipe, path=str(files / f"{recipe}.jsonl"), examples=3)
+        for recipe in ("gsm8k", "arc", "wikitext")
+    )
+    training = dataclasses.replace(config.training, steps=2, eval_every=1, max_new_tokens=5, select="best")
+    model = ModelSettings(path=qwen)
+    data = settings(files, "alpaca")
+    config = dataclasses.replace(config, model=model, data=data, training=training, evaluations=sets)
+    (row,) = run(config, {}, tmp_path / "out", Console(quiet=True))
+    assert row["accuracy"] is None
+    scores = {name: (found["score"], found["accuracy"] is not None) for name, found in row["others"].items()}
+    assert scores == {
+        "my gsm8k": ("same final answer", True),
+        "my arc": ("right choice", True),
+        "my wikitext": (None, False),
+    }
+    answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert [answer["evaluation"] for answer in answers] == ["my gsm8k"] * 3 + ["my arc"] * 3
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(f"Loss on my {name} over steps" in page for name in ("gsm8k", "arc", "wikitext"))

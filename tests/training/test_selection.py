@@ -179,3 +179,16 @@ def test_a_set_that_cannot_be_read_is_named(config, tmp_path):
 
 def test_they_may_be_swept(config):
     assert len(expand(config, {"training.select": ("last", "best"), "evaluations": ((), (OTHER,))})) == 4
+
+
+def test_a_run_that_has_chosen_out_of_turn_cannot_go_on(config, tmp_path):
+    """Its state knows an evaluation that a run of more steps does not have."""
+    short = chosen(config, steps=4, eval_every=3, select="best")
+    run(short, {}, tmp_path / "out", QUIET)
+    with pytest.raises(ConfigError, match=r"4 steps, which cannot go on to 6: its last evaluation, which came out"):
+        run(chosen(short, steps=6), {}, tmp_path / "out", QUIET)
+    run(chosen(short, steps=3), {}, tmp_path / "in turn", QUIET)
+    run(chosen(short, steps=6), {}, tmp_path / "in turn", QUIET)
+    run(chosen(short, steps=6), {}, tmp_path / "whole", QUIET)
+    for kind in ("train", "evaluation", "result"):
+        assert records(tmp_path / "in turn", kind) == records(tmp_path / "whole", kind)

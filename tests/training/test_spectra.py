@@ -10,10 +10,9 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from balora_jax.conditioning import factorization_condition_number, least_condition_number
-from balora_jax.training import run
+from balora_jax.training import RunError, run
 from balora_jax.training.comparison import load_runs
-from balora_jax.training.spectra import conditions, spectra
+from balora_jax.training.spectra import conditions, diagnoses
 from balora_jax.training.trained import load_trained
 
 
@@ -36,13 +35,15 @@ def test_they_are_those_of_the_dense_matrices(leading):
     adapters = state((*leading, 7, 3), (*leading, 3, 5))
     factors = [np.asarray(adapters["layers"]["up"][name][...], float).reshape(-1, *shape) for name, shape in
                (("lora_a", (7, 3)), ("lora_b", (3, 5)))]  # fmt: skip
-    found = list(spectra(adapters))
-    assert [one.name for one in found] == ([f"layers/up[{i}]" for i in range(3)] if leading else ["layers/up"])
-    for one, a, b in zip(found, *factors, strict=True):
-        for own, matrix in zip(one[1:], (a, b, a @ b), strict=True):
-            np.testing.assert_allclose(own, np.linalg.svd(matrix, compute_uv=False)[:3], rtol=1e-5)
-        np.testing.assert_allclose(one.condition, factorization_condition_number(a, b), rtol=1e-5)
-        np.testing.assert_allclose(one.least_condition, least_condition_number(one.product, 3), rtol=1e-5)
+    found = list(diagnoses(adapters, -2.0))
+    assert [name for name, _ in found] == ([f"layers/up[{i}]" for i in range(3)] if leading else ["layers/up"])
+    for (_, one), a, b in zip(found, *factors, strict=True):
+        np.testing.assert_allclose(one.singular_values, np.linalg.svd(2 * a @ b, compute_uv=False)[:3], rtol=1e-6)
+        (sa, sb) = (np.linalg.svd(x, compute_uv=False) for x in (a, b))
+        np.testing.assert_allclose(one.condition_number, (sa[0] ** 2 + sb[0] ** 2) / min(sa[-1], sb[-1]) ** 2)
+    medians = conditions(adapters)
+    np.testing.assert_allclose(medians["condition"], np.median([one.condition_number for _, one in found]))
+    np.testing.assert_allclose(medians["least_condition"], np.median([one.least_condition_number for _, one in found]))
 
 
 def test_a_zero_factor_is_infinitely_ill_conditioned_and_what_is_not_finite_is_left_out():
@@ -51,6 +52,12 @@ def test_a_zero_factor_is_infinitely_ill_conditioned_and_what_is_not_finite_is_l
     assert conditions(zero) == {"condition": np.inf, "least_condition": np.inf}
     zero["layers"]["up"]["lora_b"][...] += np.nan
     assert conditions(zero) == {}
+
+
+def test_a_rank_above_a_side_is_told_too():
+    (_, one), = diagnoses(state((2, 4), (4, 9)))  # fmt: skip
+    assert one.singular_values.shape == (2,)
+    assert one.condition_number == np.inf
 
 
 def test_a_run_records_them(config, tmp_path):
@@ -68,7 +75,16 @@ def test_a_run_records_them(config, tmp_path):
         path, _, index = line["pair"].removesuffix("]").partition("[")
         layer = functools.reduce(getattr, path.split("/"), model)
         product = np.asarray(layer.lora_a[...] @ layer.lora_b[...])[int(index)] * config.adapter.alpha / 3
-        np.testing.assert_allclose(line["product"], np.linalg.svd(product, compute_uv=False)[:3], rtol=1e-4)
+        np.testing.assert_allclose(line["singular_values"], np.linalg.svd(product, compute_uv=False)[:3], rtol=1e-4)
+        assert line["gap"] < 1e-5
+
+
+def test_a_broken_file_is_named(config, tmp_path):
+    run(config, {}, tmp_path / "out", Console(quiet=True))
+    for line in ("{", "[]", '{"member": "lora"}', '{"member": "lora", "pair": "x", "singular_values": ["a"]}'):
+        (tmp_path / "out" / "spectra.jsonl").write_text(line + "\n")
+        with pytest.raises(RunError, match=r"spectra\.jsonl, line 1"):
+            load_runs([tmp_path / "out"])
 
 
 def test_a_method_without_pairs_has_none(config, tmp_path):
