@@ -9,19 +9,18 @@ step) hardly shows in a median. With `--record` the table is written as `methods
 """
 
 import argparse
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
+from record_files import add_record_flag, with_environment, write
 
 from balora_jax.methods import METHODS
 from balora_jax.models.weights import load_decoder
 from balora_jax.training import load_config
 from balora_jax.training.loading import load_data
-from balora_jax.training.records import environment
 from balora_jax.training.step import Program
 
 CONFIG = Path(__file__).parent.parent / "configs" / "compare_methods.py"
@@ -69,7 +68,7 @@ def main() -> None:
     parser.add_argument("methods", nargs="*", help="which methods; all if none is named")
     parser.add_argument("--config", type=Path, default=CONFIG, help="the config file")
     parser.add_argument("--repeats", type=int, default=60, help="steps of each method")
-    parser.add_argument("--record", type=Path, help="folder that gets the table")
+    add_record_flag(parser)
     arguments = parser.parse_args()
     config, _ = load_config(arguments.config)
     methods = list(dict.fromkeys(["lora", *(arguments.methods or METHODS)]))
@@ -81,11 +80,7 @@ def main() -> None:
     ]
     for row in rows:
         print(f"{row['method']:16} {row['milliseconds']:8.1f} ms {row['of_lora']:6.2f} of LoRA")
-    if arguments.record:
-        arguments.record.mkdir(parents=True, exist_ok=True)
-        record = {"environment": environment(), "rows": rows}
-        file = arguments.record / f"methods-{jax.devices()[0].platform}.json"
-        file.write_text(json.dumps(record, indent=1) + "\n")
+    write(arguments.record, f"methods-{jax.devices()[0].platform}.json", with_environment(rows))
 
 
 if __name__ == "__main__":

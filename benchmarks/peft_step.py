@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from record_files import add_record_flag, write
+
 SIZES = {
     "vocab_size": 4096,
     "hidden_size": 256,
@@ -139,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64], help="ranks of the adapters")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each library")
-    parser.add_argument("--record", type=Path, help="folder that gets the table")
+    add_record_flag(parser)
     parser.add_argument("--work", choices=LIBRARIES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
@@ -155,9 +157,7 @@ def main() -> None:
         ratio = statistics.median(b / a for a, b in zip(*seconds.values(), strict=True))
         lines.append(f"| {rank} | {ours:.0f} | {theirs:.0f} | {ratio:.2f} |")
     print("\n".join(lines))
-    if arguments.record:
-        arguments.record.mkdir(parents=True, exist_ok=True)
-        (arguments.record / "peft-step-cpu.md").write_text("\n".join(lines) + "\n")
+    write(arguments.record, "peft-step-cpu.md", "\n".join(lines))
 
 
 if __name__ == "__main__":

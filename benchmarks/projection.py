@@ -23,13 +23,13 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from record_files import add_record_flag, write
 
 from balora_jax import balance_pairs, balora, balora_project
 from balora_jax.adapters import add_adapters
@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="which tables; all if none is named")
     parser.add_argument("--ranks", nargs="+", type=int, help="ranks instead of each table's own")
     parser.add_argument("--repeats", type=int, default=9, help="measurements of each time")
-    parser.add_argument("--record", type=Path, help="folder that gets a Markdown file per table")
+    add_record_flag(parser)
     parser.add_argument("--reference", choices=["numpy", "torch"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.reference:
@@ -332,9 +332,7 @@ def main() -> None:
             lines.append(f"| {row} |")
             if i == 0:
                 lines.append(f"|{'---|' * (row.count('|') + 1)}")
-        if arguments.record:
-            arguments.record.mkdir(parents=True, exist_ok=True)
-            (arguments.record / f"projection-{name}-{device.platform}.md").write_text("\n".join(lines) + "\n")
+        write(arguments.record, f"projection-{name}-{device.platform}.md", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from record_files import add_record_flag, write
 
 from balora_jax.data.recipes import DataSettings
 from balora_jax.models import Decoder, DecoderConfig
@@ -112,7 +112,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--methods", nargs="+", default=["lora", "balora"], help="the first is what others are compared to"
     )
-    parser.add_argument("--record", type=Path, help="folder that gets the table")
+    add_record_flag(parser)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -137,10 +137,7 @@ def main() -> None:
                 f"{row['compiler_bytes'] / GIB:.2f} | {row['more_time']:+.1%}",
                 flush=True,
             )
-    if options.record:
-        options.record.mkdir(parents=True, exist_ok=True)
-        file = options.record / f"published-shapes-{rows[0]['platform']}.json"
-        file.write_text(json.dumps(rows, indent=1) + "\n")
+    write(options.record, f"published-shapes-{rows[0]['platform']}.json", json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

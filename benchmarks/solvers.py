@@ -15,7 +15,6 @@ compilation, "of ours" is the median of the ratios within a repeat. With `--reco
 """
 
 import argparse
-import json
 import sys
 import time
 from functools import partial
@@ -27,9 +26,9 @@ import numpy as np
 import pymanopt
 from pymanopt.manifolds import Euclidean, FixedRankEmbedded, Product
 from pymanopt.optimizers import ConjugateGradient, TrustRegions
+from record_files import add_record_flag, with_environment, write
 
 from balora_jax import bures
-from balora_jax.training.records import environment
 
 sys.path.append(str(Path(__file__).parent.parent / "experiments" / "theory"))
 import geometries
@@ -168,7 +167,7 @@ def main() -> None:
     """Measures, prints and records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each time")
-    parser.add_argument("--record", type=Path, help="folder that gets the file")
+    add_record_flag(parser)
     arguments = parser.parse_args()
     found = []
     for row in rows(arguments.repeats):
@@ -178,11 +177,7 @@ def main() -> None:
             f"{row['milliseconds']:9.1f} ms {row['of_ours']:7.2f} of ours, error {row['error']:.0e}",
             flush=True,
         )
-    if arguments.record:
-        arguments.record.mkdir(parents=True, exist_ok=True)
-        record = {"environment": environment(), "rows": found}
-        file = arguments.record / f"solvers-{jax.devices()[0].platform}.json"
-        file.write_text(json.dumps(record, indent=1) + "\n")
+    write(arguments.record, f"solvers-{jax.devices()[0].platform}.json", with_environment(found))
 
 
 if __name__ == "__main__":

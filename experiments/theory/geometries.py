@@ -64,10 +64,14 @@ def problem(kind, condition, seed):
     return target, sensors, bures.from_matrix(start, RANK)
 
 
-@partial(jax.jit, static_argnames="metric")
-def some(target, sensors, point, size, metric):
+@partial(jax.jit, static_argnames=("metric", "count"))
+def some(target, sensors, point, size, metric, count):
     """Some iterations, each with the distance from the target before it."""
     data = measured(sensors, target)
+    if metric == "gauss_newton":
+        metric = bures.gauss_newton(
+            lambda a, b: measured(sensors, a @ b), lambda seen: 0.5 * jnp.sum((seen - data) ** 2)
+        )
 
     def loss(a, b):
         return 0.5 * jnp.sum((measured(sensors, a @ b) - data) ** 2)
@@ -78,23 +82,22 @@ def some(target, sensors, point, size, metric):
         descent = bures.riemannian_gradient_descent(loss, point, steps=1, step_size=size, search=True, metric=metric)
         return (descent.point, 2 * descent.step_sizes[0]), error
 
-    return jax.lax.scan(one, (point, size), length=CHUNK)
+    return jax.lax.scan(one, (point, size), length=count)
 
 
-def solve(kind, condition, seed, metric):
+def descend(target, sensors, point, metric, *, most=MOST, chunk=CHUNK):
     """Iterations, seconds without compilation and the error where the target is reached, or where it is not."""
-    target, sensors, point = problem(kind, condition, seed)
     size, done = jnp.asarray(1.0), 0
-    jax.block_until_ready(some(target, sensors, point, size, metric))
+    jax.block_until_ready(some(target, sensors, point, size, metric, chunk))
     start = time.perf_counter()
-    while done < MOST:
-        (point, size), errors = jax.block_until_ready(some(target, sensors, point, size, metric))
+    while done < most:
+        (point, size), errors = jax.block_until_ready(some(target, sensors, point, size, metric, chunk))
         reached = np.flatnonzero(np.asarray(errors) <= 1e-10)
         if reached.size:
-            seconds = (time.perf_counter() - start) * (done + reached[0]) / (done + CHUNK)
+            seconds = (time.perf_counter() - start) * (done + reached[0]) / (done + chunk)
             return done + int(reached[0]), float(seconds), float(errors[reached[0]])
-        done += CHUNK
-        if float(size) == 0:  # no step decreases the loss any more
+        done += chunk
+        if float(size) == 0 or not np.isfinite(errors[-1]):  # no step decreases the loss any more
             break
     return np.inf, np.inf, float(errors[-1])
 
@@ -107,7 +110,7 @@ def main() -> None:
         for metric in METRICS:
             medians = []
             for condition in CONDITIONS:
-                runs = [solve(kind, condition, seed, metric) for seed in range(SEEDS)]
+                runs = [descend(*problem(kind, condition, seed), metric) for seed in range(SEEDS)]
                 iterations, seconds, errors = (np.median(x) for x in zip(*runs, strict=True))
                 row = {
                     "problem": kind,

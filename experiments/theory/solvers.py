@@ -16,7 +16,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from geometries import RANK, SHAPE, measured, problem
+from geometries import RANK, SHAPE, descend, measured, problem
 from recording import write
 
 from balora_jax import bures
@@ -43,44 +43,6 @@ def skewed(kind, condition, seed):
         sensors = jnp.moveaxis(jnp.tensordot(sensors, root, (axis, 0)), -1, axis)
     noise = rng.standard_normal(SHAPE) / sum(np.sqrt(SHAPE))
     return target, sensors, bures.from_matrix(target + 0.3 * noise, RANK)
-
-
-@partial(jax.jit, static_argnames="metric")
-def some(target, sensors, point, size, metric):
-    """Some steps of gradient descent, each with the relative error before it."""
-    data = measured(sensors, target)
-
-    def loss(a, b):
-        return 0.5 * jnp.sum((measured(sensors, a @ b) - data) ** 2)
-
-    if metric == "gauss_newton":
-        metric = bures.gauss_newton(
-            lambda a, b: measured(sensors, a @ b), lambda seen: 0.5 * jnp.sum((seen - data) ** 2)
-        )
-
-    def one(carry, _):
-        point, size = carry
-        error = jnp.linalg.norm(point.lora_a @ point.lora_b - target) / jnp.linalg.norm(target)
-        descent = bures.riemannian_gradient_descent(loss, point, steps=1, step_size=size, search=True, metric=metric)
-        return (descent.point, 2 * descent.step_sizes[0]), error
-
-    return jax.lax.scan(one, (point, size), length=CHUNK)
-
-
-def descend(target, sensors, point, metric):
-    """Iterations and seconds of gradient descent, infinite if it does not get there."""
-    size, done = jnp.asarray(1.0), 0
-    jax.block_until_ready(some(target, sensors, point, size, metric))
-    start = time.perf_counter()
-    while done < MOST:
-        (point, size), errors = jax.block_until_ready(some(target, sensors, point, size, metric))
-        reached = np.flatnonzero(np.asarray(errors) <= 1e-10)
-        if reached.size:
-            return done + int(reached[0]), (time.perf_counter() - start) * (done + reached[0]) / (done + CHUNK)
-        done += CHUNK
-        if not np.isfinite(errors[-1]) or float(size) == 0:
-            break
-    return np.inf, np.inf
 
 
 @partial(jax.jit, static_argnames="name")
@@ -115,7 +77,10 @@ def main() -> None:
         for condition in CONDITIONS:
             problems = [skewed(kind, condition, seed) for seed in range(SEEDS)]
             for name in (*METRICS, *SOLVERS):
-                runs = [(solve if name in SOLVERS else descend)(*parts, name) for parts in problems]
+                if name in SOLVERS:
+                    runs = [solve(*parts, name) for parts in problems]
+                else:
+                    runs = [descend(*parts, name, most=MOST, chunk=CHUNK)[:2] for parts in problems]
                 iterations, seconds = (np.median(x) for x in zip(*runs, strict=True))
                 reached = bool(np.isfinite(iterations))
                 row = {
