@@ -245,7 +245,7 @@ def pair_statuses(opt_state: Any, params: Any, *, pairs: Pairs | None = None) ->
 
     Args:
         opt_state: of any optax transformation that holds one `balora_project` or `balora`.
-        params: the parameters that it trains.
+        params: the parameters that it trains; of a tree that `optax.masked` hides in part, the rest alone.
         pairs: as the transformation was given.
 
     Returns:
@@ -270,7 +270,7 @@ def pair_statuses(opt_state: Any, params: Any, *, pairs: Pairs | None = None) ->
     if status.shape != (sum(counts),):
         raise ValueError(
             f"opt_state must be that of the {sum(counts)} pairs of params, got statuses of shape {status.shape}; "
-            f"of a population take one member"
+            f"of a population take one member, and of masked parameters those that are trained"
         )
     parts = np.split(status, np.cumsum(counts)[:-1])
     return {

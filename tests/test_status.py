@@ -88,6 +88,11 @@ def test_statuses_are_told_pair_by_pair():
     other = {"down": jnp.eye(6, 2), "up": jnp.eye(2, 5)}
     named = [("down", "up")]
     assert list(pair_statuses(balora(optax.sgd(1.0), pairs=named).init(other), other, pairs=named)) == ["down, up"]
+    trained = {"one": {"lora_a": True, "lora_b": True}, "stacked": {"lora_a": False, "lora_b": False}}
+    masked = optax.masked(balora(optax.sgd(1.0)), trained).init(params)
+    assert list(pair_statuses(masked, {"one": params["one"]})) == ["one/lora_a, one/lora_b"]
+    with pytest.raises(ValueError, match=r"the 4 pairs of params, .* of masked parameters those that are trained"):
+        pair_statuses(masked, params)
     with pytest.raises(ValueError, match=r"must be that of the 1 pairs of params, got statuses of shape \(4,\)"):
         pair_statuses(state, {"one": params["one"]})
     with pytest.raises(ValueError, match=r"the state of one balora_project or balora, found 0"):
