@@ -13,7 +13,7 @@ from rich.console import Console
 from balora_jax.data.batches import Arrays, batches
 from balora_jax.training.checkpoints import Checkpoints
 from balora_jax.training.evaluation import Losses
-from balora_jax.training.evaluations import OWN, Evaluations, median, number
+from balora_jax.training.evaluator import OWN, Evaluator, median, number
 from balora_jax.training.interruption import Interrupted, Interruptions
 from balora_jax.training.loading import load_data
 from balora_jax.training.memory import memory_limit, shown, step_memory
@@ -32,8 +32,8 @@ class Trainer:
         self._directory, self._console = directory, console
         self._config = next(iter(members.values()))
         self._train_rows, _, notes = load_data(self._config.data, self._config.model.path)
-        self._evaluations = Evaluations(name, members, program, directory)
-        for note in (*notes["training"], *self._evaluations.notes):
+        self._evaluator = Evaluator(name, members, program, directory)
+        for note in (*notes["training"], *self._evaluator.notes):
             console.print(f"{name}: {note}", markup=False, highlight=False, soft_wrap=True)
         seeds = sorted({member.seed for member in members.values()})
         self._iterators = {seed: self._batches(seed) for seed in seeds}
@@ -51,11 +51,11 @@ class Trainer:
             with phase(self._console, f"{self._name}: starting the adapters"):
                 state = self._resume(checkpoints)
             with TrainingProgress(self._console, self._name, settings.steps, self._done) as progress:
-                if self._evaluations.are_missing(self._done):  # the first, or one that a signal has broken off
-                    state = self._recorded(state, self._evaluations.losses(state, self._done, progress), progress)
+                if self._evaluator.is_missing(self._done):  # the first, or one that a signal has broken off
+                    state = self._recorded(state, self._evaluator.losses(state, self._done, progress), progress)
                 if not self._has_ended(state):
                     state = self._steps(state, checkpoints, progress)
-                self._evaluations.record_results(state, self._done, progress)
+                self._evaluator.record_results(state, self._done, progress)
         except KeyboardInterrupt as interruption:
             self._record_checkpoint(checkpoints.wait())
             raise Interrupted(self._what_is_left(), getattr(interruption, "signal", signal.SIGINT)) from None
@@ -76,7 +76,7 @@ class Trainer:
 
     def _recorded(self, state: TrainState, losses: Mapping[str, Losses], progress: TrainingProgress) -> TrainState:
         """Records an evaluation, of which the state knows then."""
-        self._evaluations.record(losses, state, self._done)
+        self._evaluator.record(losses, state, self._done)
         state = self._program.after_evaluation(state, losses[OWN].total)
         training = self._config.training
         if self._has_ended(state) and self._done < training.steps:
@@ -121,10 +121,10 @@ class Trainer:
                 state, metrics = compiled_step(state, self._program.base, batch)
                 steps.begun(step, metrics, start=start, tokens=int((batch["segment_ids"] > 0).sum()))
                 if step == 1:
-                    self._evaluations.check_start(metrics["loss"], "loss of the first batch")
+                    self._evaluator.check_start(metrics["loss"], "loss of the first batch")
                 self._done = step
                 stopping = interruptions.received is not None
-                evaluating = self._evaluations.are_due(step) and not stopping
+                evaluating = self._evaluator.is_due(step) and not stopping
                 saving = step == settings.steps or step % settings.checkpoint_every == 0
                 if evaluating or saving or stopping:
                     self._record_steps(steps.all())
@@ -133,7 +133,7 @@ class Trainer:
                     self._record_steps(steps.done())
                 if evaluating:
                     with interruptions.at_once():
-                        losses = self._evaluations.losses(state, step, progress)
+                        losses = self._evaluator.losses(state, step, progress)
                     if interruptions.received is None:
                         state = self._recorded(state, losses, progress)
                 ended = evaluating and self._has_ended(state)

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from balora_jax.cli import main
 from balora_jax.console import PlainConsole
-from balora_jax.training import ConfigError, RunError, evaluations, run
+from balora_jax.training import ConfigError, RunError, evaluator, run
 from balora_jax.training.config import expand
 from balora_jax.training.evaluation import Losses
 from balora_jax.training.figures import elapsed_seconds, loss_curves
@@ -268,9 +268,9 @@ def two_seeds(config, tmp_path_factory):
     ("where", "call", "signals", "message", "saved"),
     [
         ((Trainer, "_next_batch"), 2, [signal.SIGINT], "the same command goes on from step 2 of lora", 2),
-        ((evaluations.Evaluations, "losses"), 2, [signal.SIGTERM], "the same command goes on from step 3 of lora", 3),
-        ((evaluations.Evaluations, "losses"), 3, [signal.SIGINT], "the same command goes on from step 6 of lora", 6),
-        ((evaluations.Evaluations, "losses"), 1, [signal.SIGINT], "the same command begins lora anew", None),
+        ((evaluator.Evaluator, "losses"), 2, [signal.SIGTERM], "the same command goes on from step 3 of lora", 3),
+        ((evaluator.Evaluator, "losses"), 3, [signal.SIGINT], "the same command goes on from step 6 of lora", 6),
+        ((evaluator.Evaluator, "losses"), 1, [signal.SIGINT], "the same command begins lora anew", None),
         ((Trainer, "_next_batch"), 4, [signal.SIGINT] * 2, "the same command begins lora anew; 3 steps are lost", None),
     ],
 )
@@ -515,7 +515,7 @@ def test_a_loss_that_is_not_finite_before_the_first_step_stops_the_run(members, 
 def test_a_first_batch_whose_loss_is_not_finite_stops_the_run(members, model_folder, tmp_path, monkeypatch):
     """As where a token is in the training data alone."""
     fine = Losses(np.ones(1), {})
-    monkeypatch.setattr(evaluations, "evaluate_loss", lambda *arguments, **options: fine)
+    monkeypatch.setattr(evaluator, "evaluate_loss", lambda *arguments, **options: fine)
     model = with_weight(model_folder, tmp_path / "nan", UP, np.inf)
     with pytest.raises(
         ConfigError, match=f"lora: the loss of the first batch must be finite .*; the weight {UP} holds"

@@ -28,7 +28,7 @@ OWN = ""
 """The name of the evaluation set of a run's own data; the others are named in the config."""
 
 
-class Evaluations:
+class Evaluator:
     """The evaluations of one population.
 
     Attributes:
@@ -44,15 +44,15 @@ class Evaluations:
         self._sets: dict[str, EvaluationSet] = {OWN: own, **others}
         self.notes = [*notes["evaluation"], *notes_of_others]
 
-    def are_due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether there is an evaluation after a step."""
         training = self._config.training
         return step % training.eval_every == 0 or step == training.steps
 
-    def are_missing(self, step: int) -> bool:
+    def is_missing(self, step: int) -> bool:
         """Whether the record lacks an evaluation that is due; of one that it holds in part it forgets the rest."""
         found = self._directory.of("evaluation", population=self._name, step=step)
-        if not self.are_due(step) or len(found) == len(self._members):
+        if not self.is_due(step) or len(found) == len(self._members):
             return False
         self._directory.forget(found)
         return True
