@@ -48,7 +48,7 @@ def study() -> list[dict]:
     for gauge in GAUGES:
         for transport in (False, True):
             methods[gauge, "carried" if transport else "left"] = lambda rate, gauge=gauge, transport=transport: balora(
-                optax.adam(rate), gauge=gauge, transport=transport
+                optax.adam(rate), gauge=gauge, transport=transport, least_ratio=0
             )
     rows = []
     for (gauge, moments), transformation in methods.items():

@@ -36,7 +36,7 @@ def trajectory(tx, start):
 
 def main() -> None:
     """Runs, draws and records."""
-    methods = {"LoRA": optax.sgd(RATE), "BaLoRA": optax.chain(optax.sgd(RATE), balora_project())}
+    methods = {"LoRA": optax.sgd(RATE), "BaLoRA": optax.chain(optax.sgd(RATE), balora_project(least_ratio=0))}
     starts = jnp.asarray(STARTS)
     paths = {name: np.asarray(jax.vmap(lambda s, tx=tx: trajectory(tx, s))(starts)) for name, tx in methods.items()}
     results: dict = {"starts": STARTS, "product": PRODUCT, "learning_rate": RATE}
