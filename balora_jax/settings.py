@@ -3,6 +3,7 @@
 So the command line tells of a wrong flag before JAX is there. What a setting does is decided where it is used.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -195,6 +196,13 @@ class TrainingSettings:
     patience: int | None = None
 
 
+class Options(dict[str, float]):
+    """Numbers by name that are not to be changed, so that a config has a hash."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
 @dataclass(frozen=True)
 class Config:
     """One run.
@@ -202,7 +210,7 @@ class Config:
     Attributes:
         name: of the experiment, without `/`; the default output folder is `runs/<name>`.
         method: a name in `balora_jax.methods.METHODS`.
-        options: names and values of the method's own numbers, where they differ from their defaults.
+        options: the method's own numbers by name, where they differ from their defaults.
         seed: decides the adapters' start, the order of the data and the dropout.
         model: the frozen base.
         adapter: the adapters.
@@ -215,7 +223,7 @@ class Config:
 
     name: str
     method: str = "lora"
-    options: tuple[tuple[str, float], ...] = ()
+    options: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     model: ModelSettings = field(default_factory=ModelSettings)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
@@ -224,3 +232,7 @@ class Config:
     data: DataSettings = field(default_factory=DataSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     evaluations: tuple[EvaluationSettings, ...] = ()
+
+    def __post_init__(self):
+        if isinstance(self.options, Mapping):
+            object.__setattr__(self, "options", Options(self.options))

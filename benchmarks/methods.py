@@ -21,7 +21,7 @@ from balora_jax.methods import METHODS
 from balora_jax.models.weights import load_decoder
 from balora_jax.training import load_config
 from balora_jax.training.loading import load_data
-from balora_jax.training.step import Program
+from balora_jax.training.program import Program
 
 CONFIG = Path(__file__).parent.parent / "configs" / "compare_methods.py"
 

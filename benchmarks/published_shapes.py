@@ -27,8 +27,8 @@ from record_files import add_record_flag, write
 from balora_jax.data.recipes import DataSettings
 from balora_jax.models import Decoder, DecoderConfig
 from balora_jax.training import AdapterSettings, Config, TrainingSettings
+from balora_jax.training.program import Program
 from balora_jax.training.records import environment
-from balora_jax.training.step import Program
 
 GIB = 2**30
 

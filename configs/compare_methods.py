@@ -57,9 +57,9 @@ LEAST_RATES = {
 """Where a method's four rates begin, if not at 0.001: found with short runs of one seed."""
 
 OPTIONS = {
-    "reflora": (("warmup_steps", 10.0),),
-    "reflora_s": (("warmup_steps", 10.0),),
-    "loro": (("period", 20.0),),
+    "reflora": {"warmup_steps": 10.0},
+    "reflora_s": {"warmup_steps": 10.0},
+    "loro": {"period": 20.0},
 }
 
 
@@ -72,7 +72,7 @@ def rates(method: str) -> tuple[float, ...]:
 sweep = [
     {
         "method": (method,),
-        "options": (OPTIONS.get(method, ()),),
+        "options": (OPTIONS.get(method, {}),),
         "optimizer.learning_rate": rates(method),
         "seed": (0, 1, 2, 3, 4),
     }

@@ -56,7 +56,7 @@ sweep = [
         "adapter.rank": (rank,),
         "adapter.alpha": (2.0 * rank,),
         "method": (method,),
-        "options": ((("warmup_steps", 10.0),) if method == "reflora" else (),),
+        "options": ({"warmup_steps": 10.0} if method == "reflora" else {},),
         "optimizer.learning_rate": rates(method, rank),
         "seed": (0, 1, 2),
     }

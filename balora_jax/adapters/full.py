@@ -31,7 +31,7 @@ class FullLinear(Adapter):
         base: Any,
         *,
         rank: int | None = None,
-        alpha: float | None = None,
+        alpha: jax.typing.ArrayLike | None = None,
         scaling: Scaling = "lora",
         dropout: float = 0.0,
         initialisation: Initialisation = LORA,

@@ -67,7 +67,7 @@ class LoRALinear(Adapter):
         base: Any,
         *,
         rank: int,
-        alpha: float | None = None,
+        alpha: jax.typing.ArrayLike | None = None,
         scaling: Scaling = "lora",
         dropout: float = 0.0,
         initialisation: Initialisation = LORA,

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 
 from balora_jax.adapters.adapter import Adapter, MergeError
@@ -17,7 +18,7 @@ def add_adapters(
     *,
     targets: str | Sequence[str],
     rank: int,
-    alpha: float | None = None,
+    alpha: jax.typing.ArrayLike | None = None,
     scaling: Scaling = "lora",
     dropout: float = 0.0,
     layer: Callable[..., nnx.Module] = LoRALinear,

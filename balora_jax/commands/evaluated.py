@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from rich import box
@@ -18,7 +18,6 @@ from balora_jax.training.evaluation import accuracies, answer, evaluate_loss, wh
 from balora_jax.training.loading import load_data, load_model
 from balora_jax.training.memory import check_evaluation, memory_limit
 from balora_jax.training.single import Single, nothing_trained
-from balora_jax.training.step import Program
 
 
 def evaluated(config: Config, adapter: Path | None) -> dict[str, Any]:
@@ -49,7 +48,7 @@ def evaluated(config: Config, adapter: Path | None) -> dict[str, Any]:
     if own not in (None, examples.tokenizer.fingerprint):
         notes.append(f"the adapter has a tokenizer of its own, which is not used; --data.tokenizer {adapter} takes it")
     check_evaluation(config.training, model.config, examples, limit=memory_limit())
-    program = cast(Program, Single(model))  # as much of one as an evaluation uses
+    program = Single(model)
     batch_size = config.training.eval_batch_size
     losses = evaluate_loss(program, nothing_trained(), examples, batch_size=batch_size)
     if not np.isfinite(losses.total[0]):

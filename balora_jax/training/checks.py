@@ -4,6 +4,7 @@ import dataclasses
 import math
 import sys
 import types
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
@@ -65,11 +66,10 @@ def check(config: Config) -> None:
         if not 0 <= get_field(config, name) < 2**32:
             raise ConfigError(f"{name} must be from 0 to 2**32 - 1, got {get_field(config, name)}")
     _check_evaluations(config)
-    for name in ("options", "data.modules"):
-        entries = [entry[0] if name == "options" else entry for entry in get_field(config, name)]
-        if twice := [entry for entry in entries if entries.count(entry) > 1]:
-            raise ConfigError(f"{name} must name everything once, got {twice[0]!r} {entries.count(twice[0])} times")
-    for name, value in config.options:
+    modules = config.data.modules
+    if twice := [name for name in modules if modules.count(name) > 1]:
+        raise ConfigError(f"data.modules must name everything once, got {twice[0]!r} {modules.count(twice[0])} times")
+    for name, value in config.options.items():
         if not math.isfinite(value):
             raise ConfigError(f"options: {name} must be finite, got {value}")
     from balora_jax.adapters import adapter_scale  # imports JAX: after the cheap mistakes
@@ -77,8 +77,8 @@ def check(config: Config) -> None:
     try:
         method = method_of(config)
         scale = adapter_scale(config.adapter.alpha, config.adapter.rank, method.scaling)
-        steps, options = config.training.steps, dict(config.options)
-        method.transformation(config.optimizer, config.balance, steps=steps, scale=scale, options=options)
+        steps = config.training.steps
+        method.transformation(config.optimizer, config.balance, steps=steps, scale=scale, options=config.options)
     except (ArithmeticError, ValueError) as error:
         raise ConfigError(_full_name(config, str(error))) from None
     for name in method.unused_settings:
@@ -114,7 +114,7 @@ def method_of(config: Config) -> "Method":
 def _full_name(config: Config, message: str) -> str:
     """A method's message about one of its arguments, with the name that this has in a config."""
     name = message.split(" ", 1)[0]
-    if name in dict(config.options):
+    if name in config.options:
         return f"options: {message}"
     part = next((part for part in ("optimizer", "balance") if f"{part}.{name}" in field_names()), None)
     return f"{part}.{message}" if part else message
@@ -154,6 +154,10 @@ def _has_type(value: Any, hint: Any) -> bool:
             return False
         hints = args[:1] * len(value) if args[-1] is ... else args
         return len(value) == len(hints) and all(map(_has_type, value, hints))
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(
+            _has_type(part, arg) for item in value.items() for part, arg in zip(item, args, strict=True)
+        )
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
@@ -163,8 +167,8 @@ def _has_type(value: Any, hint: Any) -> bool:
 
 def _has_size(value: Any) -> bool:
     """Whether numbers are of a size that arrays can hold; what must be finite is told where it must be positive too."""
-    if isinstance(value, tuple):
-        return all(map(_has_size, value))
+    if isinstance(value, tuple | Mapping):
+        return all(map(_has_size, value.values() if isinstance(value, Mapping) else value))
     if isinstance(value, int):
         return abs(value) < 2**63
     return not isinstance(value, float) or abs(value) < 2.0**128 or not math.isfinite(value)

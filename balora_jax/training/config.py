@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from balora_jax.errors import ConfigError, shown_value
-from balora_jax.settings import Config
+from balora_jax.settings import Config, Options
 from balora_jax.training.checks import check, method_of
 from balora_jax.training.fields import hints, suggestion, with_fields
 
@@ -126,7 +126,7 @@ def combinations(mapping: Mapping[str, Sequence]) -> Iterator[dict[str, Any]]:
     for name, values in mapping.items():
         for value in values:
             try:
-                hash(value)
+                hash(Options(value) if name == "options" and isinstance(value, Mapping) else value)
             except TypeError:
                 raise ConfigError(
                     f"sweep: {name} must have texts, numbers or tuples, got {shown_value(value)}"

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from rich.table import Table
 
 from balora_jax.errors import ConfigError
-from balora_jax.models.weights import abstract_decoder
 from balora_jax.settings import Config
+from balora_jax.training.loading import load_shapes
 from balora_jax.training.memory import NO_MACHINE, StepMemory, check_step, shown, step_memory
-from balora_jax.training.step import Program, TrainState
+from balora_jax.training.program import Program, abstract_batch
 
 # Keeps the compiler from widening all bfloat16 weights to float32 at once, which it does for CPUs.
 _NARROW: dict[str, str | bool] = {
@@ -65,41 +64,27 @@ def estimate(members: Sequence[Config]) -> Estimate:
         among them, nor is what the device itself reserves.
     """
     config = members[0]
-    settings = config.model
-    try:
-        model = abstract_decoder(
-            settings.path, dtype=settings.dtype, param_dtype=settings.param_dtype, remat=settings.remat
-        )
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(f"model.path: {error}") from error
+    model = load_shapes(config.model)
     check_step(config, model.config, members=len(members), length=config.data.length, limit=NO_MACHINE)
-    graph, bare = nnx.split(model)
-
-    def program(bare: nnx.State) -> Program:  # made anew within each trace, where shapes do for a base
-        return Program(config, nnx.merge(graph, bare, copy=True))
-
-    def step(states: TrainState, bare: nnx.State, batches: dict[str, jax.Array]):
-        traced = program(bare)
-        return traced.step(states, traced.base, batches)
-
     try:
-        states = jax.eval_shape(lambda bare: _initial_state(program(bare), members), bare)
+        program = Program(config, model)
+        states = program.abstract_state(members)
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
     training = config.training
     rows = (len(members), training.accumulate, training.batch_size)
     start = time.perf_counter()
-    lowered = jax.jit(step, donate_argnums=0).lower(states, bare, _batch(*rows, config.data.length))
+    lowered = program.step.lower(states, program.base, abstract_batch(*rows, config.data.length))
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
     device = jax.devices()[0]
-    widened = device.platform == "cpu" and "bfloat16" in (settings.dtype, settings.param_dtype)
+    widened = device.platform == "cpu" and "bfloat16" in (config.model.dtype, config.model.param_dtype)
     adapters: dict[str, tuple[tuple[int, ...], ...]] = {}
     for key, leaf in nnx.to_flat_state(states.adapters):
         path = ".".join(map(str, key[:-1]))
         adapters[path] = (*adapters.get(path, ()), leaf.shape[1:])
     return Estimate(
-        base=_size(bare),
+        base=_size(program.base),
         adapters=adapters,
         trained=_size(states.adapters, len(members)),
         opt_state=_size(states.opt_state, len(members)),
@@ -153,20 +138,6 @@ def _memory_table(found: Mapping[str, Estimate]) -> Table:
         table.caption = "float32 copies: of all weights, which compilers for CPUs alone make of those in bfloat16"
         table.caption_justify = "left"
     return table
-
-
-def _initial_state(program: Program, members: Sequence[Config]) -> TrainState:
-    count, rows = program.gradient_batches
-    if not count:
-        return program.initial_state(members)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _batch(count, rows, members[0].data.length))
-    return program.initial_state(members, {member.seed: zeros for member in members})
-
-
-def _batch(*shape: int) -> dict[str, Any]:
-    """The shapes of a batch, as `balora_jax.data.batches` makes them."""
-    integers = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "positions", "segment_ids")}
-    return {**integers, "loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool_)}
 
 
 def _size(tree: Any, members: int = 1) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Evaluation of a population: loss per example, and answers, generated greedily or chosen by their likelihood."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import datasets
 import jax
@@ -12,12 +12,31 @@ from flax import nnx
 from balora_jax.adapters import AdapterScale
 from balora_jax.data.batches import Arrays, Encoded, Tokenizer, pad, pad_left
 from balora_jax.data.scores import Score, exact_match
+from balora_jax.models import Decoder
 from balora_jax.models.generation import generate
 from balora_jax.models.weights import tensor_name
-from balora_jax.training.step import Program, TrainState
+from balora_jax.training.state import TrainState
+from balora_jax.training.step import Batch
 
 MOST_ANSWERS, LONGEST_ANSWER = 100, 2000
 """Answers of a run that are kept, and characters of each."""
+
+
+class Evaluated(Protocol):
+    """The functions of a population that an evaluation uses; see `balora_jax.training.program.Program`."""
+
+    base: nnx.State
+
+    @property
+    def evaluate(self) -> Callable[[TrainState, nnx.State, Batch], tuple[jax.Array, jax.Array]]:
+        """Returns summed losses and numbers of predicted tokens, `(members, rows)` each."""
+
+    @property
+    def member_model(self) -> Callable[[TrainState, nnx.State], Decoder]:
+        """Returns the model of one member."""
+
+    def over_members(self, function: Callable, *arguments: Any) -> Any:
+        """Applies a function to every member."""
 
 
 class EvaluationSet(NamedTuple):
@@ -80,7 +99,7 @@ class Losses(NamedTuple):
     by_module: dict[str, np.ndarray]
 
 
-def evaluate_loss(program: Program, state: TrainState, examples: EvaluationSet, *, batch_size: int) -> Losses:
+def evaluate_loss(program: Evaluated, state: TrainState, examples: EvaluationSet, *, batch_size: int) -> Losses:
     """Returns the evaluation losses of every member.
 
     Args:
@@ -118,7 +137,7 @@ def what_is_not_finite(base: nnx.State) -> str:
     )
 
 
-def _losses(program: Program, state: TrainState, arrays: Arrays, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _losses(program: Evaluated, state: TrainState, arrays: Arrays, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """The summed loss of every row and its number of predicted tokens, `(members, rows)`."""
     losses, tokens = [], []
     for part, rows in _chunks(len(arrays["tokens"]), batch_size):
@@ -135,7 +154,12 @@ def _prompts(examples: EvaluationSet) -> list[np.ndarray]:
 
 
 def answer(
-    program: Program, state: TrainState, examples: EvaluationSet, *, batch_size: int, max_new_tokens: int | None = None
+    program: Evaluated,
+    state: TrainState,
+    examples: EvaluationSet,
+    *,
+    batch_size: int,
+    max_new_tokens: int | None = None,
 ) -> list[list[str]]:
     """Returns every member's answers to the examples' prompts: the likeliest choice, or what it generates.
 
@@ -152,7 +176,9 @@ def answer(
     return generate_answers(program, state, examples, batch_size=batch_size, max_new_tokens=max_new_tokens)
 
 
-def choose_answers(program: Program, state: TrainState, examples: EvaluationSet, *, batch_size: int) -> list[list[str]]:
+def choose_answers(
+    program: Evaluated, state: TrainState, examples: EvaluationSet, *, batch_size: int
+) -> list[list[str]]:
     """Returns every member's answers: of each example's choices the one with the highest log-likelihood."""
     assert examples.choices is not None
     tokens, learned, owners = [], [], []
@@ -171,7 +197,12 @@ def choose_answers(program: Program, state: TrainState, examples: EvaluationSet,
 
 
 def generate_answers(
-    program: Program, state: TrainState, examples: EvaluationSet, *, batch_size: int, max_new_tokens: int | None = None
+    program: Evaluated,
+    state: TrainState,
+    examples: EvaluationSet,
+    *,
+    batch_size: int,
+    max_new_tokens: int | None = None,
 ) -> list[list[str]]:
     """Returns every member's answers to the examples' prompts by greedy generation; arguments as for `answer`."""
     encoded, tokenizer = examples.encoded, examples.tokenizer

@@ -19,10 +19,11 @@ from balora_jax.training.evaluation import (
 )
 from balora_jax.training.loading import load_data, load_evaluations
 from balora_jax.training.populations import Members
+from balora_jax.training.program import Program
 from balora_jax.training.progress import TrainingProgress
 from balora_jax.training.records import Record, RunDirectory
 from balora_jax.training.spectra import conditions, diagnoses, of_members
-from balora_jax.training.step import Program, TrainState
+from balora_jax.training.state import TrainState
 
 OWN = ""
 """The name of the evaluation set of a run's own data; the others are named in the config."""

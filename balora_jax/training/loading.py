@@ -1,7 +1,7 @@
 """The base and the data of a run, read once a process."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -10,7 +10,7 @@ from balora_jax.data.batches import Rows, Tokenizer, encode, pack, pad
 from balora_jax.data.hub_tokenizer import load_tokenizer
 from balora_jax.errors import ConfigError
 from balora_jax.models import Decoder
-from balora_jax.models.weights import load_decoder
+from balora_jax.models.weights import abstract_decoder, load_decoder
 from balora_jax.settings import Config, DataSettings, EvaluationSettings, ModelSettings
 from balora_jax.training.evaluation import EvaluationSet
 
@@ -23,8 +23,17 @@ def base_model(settings: ModelSettings) -> Decoder:
 
 def load_model(settings: ModelSettings) -> Decoder:
     """Returns a new decoder; raises `ConfigError` if it cannot be loaded."""
+    return _read(load_decoder, settings)
+
+
+def load_shapes(settings: ModelSettings) -> Decoder:
+    """As `load_model`, with shapes in the place of the weights: no more than the folder's config.json is read."""
+    return _read(abstract_decoder, settings)
+
+
+def _read(reader: Callable[..., Decoder], settings: ModelSettings) -> Decoder:
     try:
-        return load_decoder(settings.path, dtype=settings.dtype, param_dtype=settings.param_dtype, remat=settings.remat)
+        return reader(settings.path, dtype=settings.dtype, param_dtype=settings.param_dtype, remat=settings.remat)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: {error}") from error
 

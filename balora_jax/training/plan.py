@@ -9,7 +9,7 @@ from flax import nnx
 from balora_jax.settings import Config
 from balora_jax.training.loading import base_model
 from balora_jax.training.memory import memory_limit, shown
-from balora_jax.training.step import Program
+from balora_jax.training.program import Program
 
 
 def plan(

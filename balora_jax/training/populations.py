@@ -35,7 +35,7 @@ def sort_into_populations(configs: Sequence[Config]) -> dict[str, Members]:
 def _label(config: Config, field: str) -> str:
     value = get_field(config, field)
     if field == "options":
-        return "-".join(f"{name}={number:g}" for name, number in value) or "no_options"
+        return "-".join(f"{name}={number:g}" for name, number in value.items()) or "no_options"
     text = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
     text = re.sub(r"[^\w.+-]+", "_", text)
     if len(text) > 40 or (isinstance(value, str) and text != value):

@@ -17,9 +17,9 @@ from balora_jax.training.loading import base_model, load_data, load_evaluations
 from balora_jax.training.memory import check_evaluation, check_step, memory_limit
 from balora_jax.training.plan import plan
 from balora_jax.training.populations import sort_into_populations
+from balora_jax.training.program import Program
 from balora_jax.training.progress import phase
 from balora_jax.training.records import RunDirectory, RunError
-from balora_jax.training.step import Program
 from balora_jax.training.trainer import Trainer
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.models import Decoder
-from balora_jax.training.step import Batch, TrainState, token_losses
+from balora_jax.training.state import TrainState
+from balora_jax.training.step import Batch, token_losses
 
 
 def nothing_trained() -> TrainState:
@@ -19,7 +20,7 @@ def nothing_trained() -> TrainState:
 
 
 class Single:
-    """The functions of `Program` that an evaluation uses.
+    """A model as `balora_jax.training.evaluation.Evaluated`.
 
     Attributes:
         base: the parameters, of adapters too.

@@ -186,8 +186,8 @@ def shown(value: Any) -> str:
     """Returns the value of a field in short."""
     if isinstance(value, float):
         return f"{value:g}"
-    if isinstance(value, tuple):  # options are pairs of a name and a number
-        return " ".join("=".join(map(shown, item)) if isinstance(item, tuple) else shown(item) for item in value) or "-"
+    if isinstance(value, tuple):
+        return " ".join(map(shown, value)) or "-"
     return str(value)
 
 

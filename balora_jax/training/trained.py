@@ -6,21 +6,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
-from flax import nnx
 
 from balora_jax.errors import ConfigError
 from balora_jax.files import read_json, read_object
 from balora_jax.models import Decoder
-from balora_jax.models.weights import abstract_decoder
 from balora_jax.settings import Config
 from balora_jax.training.checkpoints import Checkpoints
 from balora_jax.training.checks import check_types
 from balora_jax.training.fields import from_json
-from balora_jax.training.loading import load_model
+from balora_jax.training.loading import load_model, load_shapes
 from balora_jax.training.populations import sort_into_populations
+from balora_jax.training.program import Program
 from balora_jax.training.records import RunError
-from balora_jax.training.step import Program, TrainState
 
 
 class Trained(NamedTuple):
@@ -69,8 +66,8 @@ def load_trained(run: Path, member: str | None = None, *, weights: bool = True) 
         step = checkpoints.latest_step()
         if step is None:
             raise RunError(f"{run} has no checkpoint of {name}; let the run go on first")
-        program, like = _with_base(together) if weights else _without_base(together)
-        states, _ = checkpoints.restore(step, like)
+        program = _program(together, weights=weights)
+        states, _ = checkpoints.restore(step, program.abstract_state(list(together.values())))
     finally:
         checkpoints.close()
     index = list(together).index(name)
@@ -81,35 +78,12 @@ def load_trained(run: Path, member: str | None = None, *, weights: bool = True) 
     return Trained(name, members[name], model, step, int(state.diverged_at))
 
 
-def _with_base(members: Mapping[str, Config]) -> tuple[Program, TrainState]:
-    """The program of a population, and the shapes of its state."""
+def _program(members: Mapping[str, Config], *, weights: bool) -> Program:
+    """The program of a population; without weights no more than the config.json of the base is read."""
     config = next(iter(members.values()))
-    program = Program(config, load_model(config.model))
-    return program, jax.eval_shape(lambda: _initial_state(program, members))
-
-
-def _without_base(members: Mapping[str, Config]) -> tuple[Program, TrainState]:
-    """As `_with_base`, with shapes in the place of the base's weights: no more than its config.json is read."""
-    config = next(iter(members.values()))
-    settings = config.model
-    try:
-        graph, bare = nnx.split(abstract_decoder(settings.path, dtype=settings.dtype, param_dtype=settings.param_dtype))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: {error}") from error
-    programs = []
-
-    def traced(bare: nnx.State) -> tuple[TrainState, nnx.State]:
-        program = Program(config, nnx.merge(graph, bare, copy=True))
-        programs.append(program)
-        return _initial_state(program, members), program.base
-
-    like, base = jax.eval_shape(traced, bare)
-    programs[0].base = base
-    return programs[0], like
-
-
-def _initial_state(program: Program, members: Mapping[str, Config]) -> TrainState:
-    return program.initial_state(list(members.values()), _any_batches(program, members))
+    if weights:
+        return Program(config, load_model(config.model))
+    return Program(config, load_shapes(config.model))
 
 
 def read_members(run: Path) -> dict[str, Config]:
@@ -163,16 +137,3 @@ def _only_best(run: Path, members: Mapping[str, Config]) -> str:
         f"name one member of {run} with --member; those of the best cells, with their evaluation losses, are "
         f"{shown or 'none, because every cell diverged'}"
     )
-
-
-def _any_batches(program: Program, members: Mapping[str, Config]) -> dict[int, dict[str, np.ndarray]] | None:
-    """Batches of the shape that a start from gradients takes; their values play no part."""
-    count, rows = program.gradient_batches
-    if not count:
-        return None
-    config = program.config
-    shape = (count, rows, config.data.length)
-    dtypes = {"tokens": np.int32, "positions": np.int32, "segment_ids": np.int32, "loss_mask": bool}
-    return {
-        member.seed: {name: np.zeros(shape, dtype) for name, dtype in dtypes.items()} for member in members.values()
-    }

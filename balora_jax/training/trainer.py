@@ -18,9 +18,10 @@ from balora_jax.training.interruption import Interrupted, Interruptions
 from balora_jax.training.loading import load_data
 from balora_jax.training.memory import memory_limit, shown, step_memory
 from balora_jax.training.populations import Members
+from balora_jax.training.program import Program
 from balora_jax.training.progress import TrainingProgress, phase
 from balora_jax.training.records import RunDirectory, RunError
-from balora_jax.training.step import Program, TrainState
+from balora_jax.training.state import TrainState
 from balora_jax.transform import check_projection, projection_states
 
 

@@ -73,7 +73,7 @@ def cell(recipe: str, method: str) -> dict:
     """The learning rates and the scale of a method on a data set."""
     rates, a_scaling = LORA_ON_ALPACA if (recipe, method) == ("alpaca", "lora") else CELLS[method]
     if method == "lora_ga":  # scales its start, not its adapters
-        return {"optimizer.learning_rate": rates, "options": ((("gamma", a_scaling**-2),),)}
+        return {"optimizer.learning_rate": rates, "options": ({"gamma": a_scaling**-2},)}
     return {"optimizer.learning_rate": rates, "adapter.alpha": (config.adapter.rank * a_scaling**2,)}
 
 

@@ -52,7 +52,7 @@ A_SCALINGS = (0.01, 0.1, 1.0, 10.0, 100.0)  # the scale of the adapters is A_sca
 def scales(method: str) -> dict:
     """The grid of A_scaling; LoRA-GA scales its start by it, not its adapters."""
     if method.endswith("_ga"):
-        return {"options": tuple((("gamma", a**-2),) for a in A_SCALINGS)}
+        return {"options": tuple({"gamma": a**-2} for a in A_SCALINGS)}
     return {"adapter.alpha": tuple(config.adapter.rank * a**2 for a in A_SCALINGS)}
 
 

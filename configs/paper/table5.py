@@ -50,7 +50,7 @@ A_SCALINGS = tuple(float(f"{a:.4g}") for a in np.logspace(-2, 2, 10))  # the sca
 def scales(method: str) -> dict:
     """The grid of A_scaling; LoRA-GA scales its start by it, not its adapters."""
     if method.endswith("_ga"):
-        return {"options": tuple((("gamma", a**-2),) for a in A_SCALINGS)}
+        return {"options": tuple({"gamma": a**-2} for a in A_SCALINGS)}
     return {"adapter.alpha": tuple(config.adapter.rank * a**2 for a in A_SCALINGS)}
 
 

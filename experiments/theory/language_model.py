@@ -25,7 +25,8 @@ from balora_jax.pairs import find_pairs, read_pairs, write_pairs
 from balora_jax.training import load_config
 from balora_jax.training.fields import with_fields
 from balora_jax.training.loading import load_data
-from balora_jax.training.step import Program, token_losses
+from balora_jax.training.program import Program
+from balora_jax.training.step import token_losses
 
 CONFIG = Path(__file__).parents[2] / "configs" / "gauges.py"
 SEEDS, RATE, MEASURED, EXAMPLES, PRODUCTS = (0, 1, 2), 1e-2, (0, 75, 150), 32, 80

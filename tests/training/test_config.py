@@ -119,7 +119,8 @@ BAD_FIELDS = [
     ("data.modules", ["a"], "data.modules must be of type tuple"),
     ("data.difficulty", (1, "2"), "data.difficulty must be of type tuple"),
     ("seed", -1, "seed must be from 0"),
-    ("options", (("a", 1.0), ("b", 2.0), ("a", 3.0)), "options must name everything once, got 'a' 2 times"),
+    ("options", (("a", 1.0),), r"options must be of type .*Mapping\[str, float\], got"),
+    ("options", {"a": [1.0]}, r"options must be of type .*Mapping\[str, float\], got"),
     ("data.modules", ("a", "b", "b", "b"), "data.modules must name everything once, got 'b' 3 times"),
     ("data.seed", -1, "data.seed must be from 0"),
     ("training.steps", 2**40, "training.steps must be at most 2,147,483,647, got 1,099,511,627,776"),
@@ -132,8 +133,8 @@ BAD_FIELDS = [
     ("adapter.alpha", -(10**400), "adapter.alpha must be within"),
     ("adapter.rank", 10**400, "adapter.rank must be within"),
     ("data.difficulty", (1, 10**30), "data.difficulty must be within"),
-    ("options", (("x", 10**400),), "options must be within"),
-    ("options", (("x", float("inf")),), "options: x must be finite"),
+    ("options", {"x": 10**400}, "options must be within"),
+    ("options", {"x": float("inf")}, "options: x must be finite"),
 ]
 
 

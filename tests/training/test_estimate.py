@@ -13,7 +13,7 @@ from balora_jax.cli import main
 from balora_jax.models.weights import load_decoder
 from balora_jax.training import ConfigError
 from balora_jax.training.estimate import estimate
-from balora_jax.training.step import Program
+from balora_jax.training.program import Program
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_it_is_what_the_loaded_model_takes(members, model_folder, bare_folder):
     batches = {name: jnp.ones((2, 1, 2, 48), jnp.int32) for name in ("tokens", "positions", "segment_ids")}
     batches["loss_mask"] = jnp.ones((2, 1, 2, 48), bool)
     analysis = program.step.lower(state, program.base, batches).compile().memory_analysis()
-    weights = jax.tree.leaves(program._bare[1])
+    weights = jax.tree.leaves(program.base)
     assert found.base == (sum(leaf.size for leaf in weights), bytes_of(weights))
     assert found.trained[1] == bytes_of(state.adapters) / 2 == 4 * found.trained[0]
     assert found.opt_state[1] == bytes_of(state.opt_state) / 2

@@ -22,7 +22,8 @@ from balora_jax.training.evaluation import (
     what_is_not_finite,
 )
 from balora_jax.training.loading import load_data
-from balora_jax.training.step import Program, token_losses
+from balora_jax.training.program import Program
+from balora_jax.training.step import token_losses
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from balora_jax.models import Decoder, DecoderConfig
 from balora_jax.models.weights import save_decoder
 from balora_jax.optimizers import OptimizerSettings
 from balora_jax.training import AdapterSettings, Config
-from balora_jax.training.step import Program
+from balora_jax.training.program import Program
 
 REASON = "the comparison needs the original library, which is no dependency"
 torch = pytest.importorskip("torch", reason=REASON)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin
 
@@ -44,6 +45,8 @@ def fitting(hint):
         return st.lists(fitting(args[0]), max_size=3).map(tuple)
     if origin is tuple:
         return st.tuples(*map(fitting, args))
+    if origin is Mapping:
+        return st.dictionaries(*map(fitting, args), max_size=3)
     if dataclasses.is_dataclass(hint):
         return st.builds(hint, **{name: fitting(kind) for name, kind in hints(hint).items()})
     return {
@@ -64,7 +67,7 @@ def changes(draw):
         values["method"] = draw(st.sampled_from(sorted(METHODS)))
         if (options := sorted(METHODS[values["method"]].options)) and draw(st.booleans()):
             number = fitting(float) | fitting(int) | odd
-            values["options"] = tuple((name, draw(number)) for name in options[: draw(st.integers(1, len(options)))])
+            values["options"] = {name: draw(number) for name in options[: draw(st.integers(1, len(options)))]}
     return values
 
 

@@ -18,7 +18,9 @@ from balora_jax.training import Config
 from balora_jax.training.config import NUMERIC_FIELDS
 from balora_jax.training.fields import get_field, with_field
 from balora_jax.training.loading import load_data
-from balora_jax.training.step import Program, named_key, token_losses
+from balora_jax.training.program import Program
+from balora_jax.training.state import named_key
+from balora_jax.training.step import token_losses
 
 
 def batch_of(config, rows, micro=1):

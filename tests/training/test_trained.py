@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from balora_jax.adapters import export_adapters, iter_adapters, load_adapters
+from balora_jax.adapters import AdapterScale, export_adapters, iter_adapters, load_adapters
 from balora_jax.errors import RunError
 from balora_jax.methods import get_method
 from balora_jax.models.weights import load_decoder
 from balora_jax.training import Config, ConfigError
 from balora_jax.training.checkpoints import Checkpoints
-from balora_jax.training.step import Program
-from balora_jax.training.trained import _any_batches, load_trained, read_members
+from balora_jax.training.program import Program
+from balora_jax.training.trained import load_trained, read_members
 
 
 def checkpointed(folder, members):
     """Writes a run directory as after three steps, with random numbers in the state; returns the adapters' tree."""
     program = Program(next(iter(members.values())), load_decoder(next(iter(members.values())).model.path))
-    like = jax.eval_shape(lambda: program.initial_state(list(members.values()), _any_batches(program, members)))
+    like = program.abstract_state(list(members.values()))
     rng = np.random.default_rng(0)
 
     def values(leaf):
@@ -29,8 +29,14 @@ def checkpointed(folder, members):
         return jax.numpy.asarray(random, leaf.dtype)
 
     state = jax.tree.map(values, like)
-    alphas = np.array([member.adapter.alpha for member in members.values()], np.float32)
-    state = state._replace(numbers={**state.numbers, "adapter.alpha": jax.numpy.asarray(alphas)})
+    scales = np.array([program.scale(member) for member in members.values()], np.float32)
+
+    def scaled(variable):
+        scale = isinstance(variable, AdapterScale)
+        return variable.replace(np.broadcast_to(scales[:, None], variable.shape)) if scale else variable
+
+    frozen = jax.tree.map(scaled, state.frozen, is_leaf=lambda leaf: isinstance(leaf, AdapterScale))
+    state = state._replace(frozen=jax.tree.map(jax.numpy.asarray, frozen))
     checkpoints = Checkpoints(folder / "checkpoints" / next(iter(members.values())).method, keep=1)
     checkpoints.save(3, state, {})
     checkpoints.close()
@@ -85,8 +91,11 @@ def test_only_member_needs_no_name(members, tmp_path):
         ('{"a": {"name": "x", "training": []}}', r"TrainingSettings must be an object, got \[\]"),
         ('{"a": {"name": "x", "training": {"steps": "3"}}}', "training.steps must be of type int, got '3'"),
         ('{"a": {"name": "x", "seed": 1e400}}', "seed must be of type int, got inf"),
-        ('{"a": {"name": "x", "options": [["b"]]}}', r"options must be of type .*, got \(\['b'\],\)"),
-        ('{"a": {"name": "x", "options": [["b", 1, 2]]}}', r"options must be of type .*, got \(\['b', 1, 2\],\)"),
+        (
+            '{"a": {"name": "x", "options": [["b", 1]]}}',
+            r"options must be of type .*Mapping\[str, float\], got \[\['b'",
+        ),
+        ('{"a": {"name": "x", "options": {"b": "1"}}}', r"options must be of type .*, got {'b': '1'}"),
         ('{"a": {"name": "x", "data": {"modules": 5}}}', "data.modules must be of type .*, got 5"),
         ('{"a": {"seed": 1}}', "missing 1 required positional argument: 'name'"),
     ],
