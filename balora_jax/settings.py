@@ -196,6 +196,30 @@ class TrainingSettings:
     patience: int | None = None
 
 
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How a run is spread over devices and processes; no part of what is computed, so that it may change on the way.
+
+    Attributes:
+        data: parts of the mesh that share the rows of a batch, or the members of a population where it divides their
+            number; -1 for as many as the other two leave, and the rows or members can be divided by.
+        fsdp: parts that the weights are cut into, along which the rows are shared too; each layer is put together when
+            it is used.
+        tensor: parts that share the products of each layer.
+        coordinator: `host:port` of the first process, of a run of several; None where the cluster's own environment
+            tells (Slurm, Open MPI, Cloud TPU), or there is one process.
+        processes: their number.
+        process: which of them this is, from 0.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+
 class Options(dict[str, float]):
     """Numbers by name that are not to be changed, so that a config has a hash."""
 
@@ -218,6 +242,7 @@ class Config:
         balance: how balanced methods balance.
         data: the data.
         training: the loop.
+        parallel: the devices.
         evaluations: data sets that the run is evaluated on too, at every evaluation.
     """
 
@@ -231,6 +256,7 @@ class Config:
     balance: BalanceSettings = field(default_factory=BalanceSettings)
     data: DataSettings = field(default_factory=DataSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
     evaluations: tuple[EvaluationSettings, ...] = ()
 
     def __post_init__(self):

@@ -1,10 +1,12 @@
 """`balora-jax run`: trains and compares what a config file describes."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from balora_jax.commands.arguments import Flag, read_config
 from balora_jax.console import PlainConsole
 from balora_jax.settings import Config
+from balora_jax.training.checks import check_types
 from balora_jax.training.config import Sweep, expand
 from balora_jax.training.live import check_log
 
@@ -22,8 +24,19 @@ def main(arguments: list[str]) -> int:
     log = given.get("--log")
     if log is not None:
         check_log(log)
+    check_types(config)
+    from balora_jax.training.processes import connect, together
+
+    connect(config.parallel)
     expand(config, sweep)  # tells of a wrong field before what follows is imported
-    console = PlainConsole()
+    with together():
+        return _run(config, sweep, given)
+
+
+def _run(config: Config, sweep: Sweep, given: Mapping[str, str]) -> int:
+    from balora_jax.training.processes import is_first
+
+    console = PlainConsole(quiet=not is_first())
     if "--show-batch" in given:
         return _show_batches(config, sweep, console)
     from balora_jax.training import results, run  # heavy: after the cheap mistakes
@@ -31,7 +44,9 @@ def main(arguments: list[str]) -> int:
     from balora_jax.training.standings import standings, verdict
 
     output = Path(given.get("--output", Path("runs") / config.name))
-    rows = run(config, sweep, output, console, log=log)
+    rows = run(config, sweep, output, console, log=given.get("--log"))
+    if not is_first():
+        return 0
     PlainConsole(width=max(console.width, results.TABLE_WIDTH)).print(results.table(rows))
     runs, _ = load_runs([output])
     methods = list(dict.fromkeys(run.field("method") for run in runs))

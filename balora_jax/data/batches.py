@@ -313,5 +313,14 @@ def batches(rows: Sequence[Arrays], *, batch_size: int, seed: int) -> grain.Data
     Returns:
         A grain iterator whose state can be saved and restored exactly.
     """
-    shuffled = grain.MapDataset.source(rows).shuffle(seed=seed).repeat(None)
-    return iter(shuffled.batch(batch_size).to_iter_dataset(grain.ReadOptions(num_threads=0)))
+    return iter(shuffled(rows, seed=seed).batch(batch_size).to_iter_dataset(grain.ReadOptions(num_threads=0)))
+
+
+def shuffled(rows: Sequence[Arrays], *, seed: int) -> grain.MapDataset:
+    """Returns the endless sequence of rows that `batches` cuts into batches, to be read at any place.
+
+    Args:
+        rows: as for `batches`.
+        seed: as for `batches`.
+    """
+    return grain.MapDataset.source(rows).shuffle(seed=seed).repeat(None)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from balora_jax.casting import largest
 from balora_jax.models.attention import grouped_attention
@@ -234,10 +235,17 @@ class Decoder(nnx.Module):
 
     The blocks are one `Block` whose parameters carry a leading axis of length `num_hidden_layers`; the forward
     pass scans over it, so that compile time does not grow with depth.
+
+    Attributes:
+        config: its shapes.
+        sharding: of the residual stream `(batch, length, hidden_size)` under a mesh with automatic axes; None to leave
+            it to the compiler. Where rows are cut along an axis that weights are cut along too, it is the weights that
+            are put together.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.sharding: NamedSharding | None = None
         dtypes: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, **dtypes)
 
@@ -296,9 +304,12 @@ class Decoder(nnx.Module):
         angles = jnp.concatenate([angles, angles], axis=-1)
         context = _Tokens((jnp.cos(angles), jnp.sin(angles)), mask)
 
+        def placed(x):
+            return x if self.sharding is None else jax.lax.with_sharding_constraint(x, self.sharding)
+
         def block(x, layer, past):
-            x, kept = layer(x, context, past, offset)
-            return x, (kept if past is not None else None)
+            x, kept = layer(placed(x), context, past, offset)
+            return placed(x), (kept if past is not None else None)
 
         block = nnx.remat(block, policy=KEEP_NOTHING if self.config.remat else KEEP_MARKED, prevent_cse=False)
         scan = nnx.scan(block, in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0))
@@ -306,7 +317,7 @@ class Decoder(nnx.Module):
         x, kept = scan(x, self.layers, past)
         if cache is not None:
             cache = Cache(kept[0], kept[1], key_segments, cache.length + length)
-        return self.norm(x), cache
+        return placed(self.norm(x)), cache
 
     @property
     def head(self) -> nnx.Module:

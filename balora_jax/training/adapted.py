@@ -4,6 +4,7 @@ import math
 
 import jax
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from balora_jax.adapters import LORA_GA, AdapterOffset, AdapterScale, add_adapters
 from balora_jax.methods import get_method
@@ -24,15 +25,23 @@ class AdaptedModel:
         targets: what adapters go on, as `add_adapters` takes it.
     """
 
-    def __init__(self, config: Config, decoder: Decoder):
+    def __init__(self, config: Config, decoder: Decoder, sharding: NamedSharding | None = None):
         """Finds the structure; nothing is computed, so that shapes do in the place of the decoder's arrays.
+
+        Args:
+            config: of any run.
+            decoder: the base.
+            sharding: of the residual stream, see `Decoder`.
 
         Raises:
             ValueError: the targets match nothing or the rank does not fit.
             TypeError: a target is not a layer that adapters go on.
         """
         self._method, self._settings = get_method(config.method), config.adapter
-        self._bare_graph, self.bare = nnx.split(decoder)
+        bare_graph, self.bare = nnx.split(decoder)
+        model = nnx.merge(bare_graph, self.bare, copy=True)
+        model.sharding = sharding
+        self._bare_graph = nnx.graphdef(model)
         self.targets = _targets(config.adapter.targets)
         model = nnx.eval_shape(self.start, self.bare, 0, config.adapter.alpha)
         model.train()

@@ -48,13 +48,12 @@ class Checkpoints:
         """Returns the step of the latest checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, data: dict) -> None:
+    def save(self, step: int, state: Any) -> None:
         """Begins to write a checkpoint, and returns when the state is on the host; `wait` says when it is on disk.
 
         Args:
             step: its number.
             state: a pytree of arrays, which may be donated afterwards.
-            data: JSON-like, the place in the data.
 
         Raises:
             RunError: it cannot be written, or the one before it could not.
@@ -63,7 +62,7 @@ class Checkpoints:
         self._step = step
         with self._unwritten():
             self._check_room(state)  # as orbax's threads, when they find none, have much to say
-            meta = {"data": data, "checksum": _checksum(state)}
+            meta = {"checksum": _checksum(state)}
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
             self._manager.save(step, args=args)
 
@@ -82,15 +81,12 @@ class Checkpoints:
                 self._manager.wait_until_finished()
         return step
 
-    def restore(self, step: int, like: Any) -> tuple[Any, dict]:
+    def restore(self, step: int, like: Any) -> Any:
         """Reads a checkpoint.
 
         Args:
             step: its number.
-            like: a state of the same structure.
-
-        Returns:
-            The state, and the place in the data.
+            like: a state of the same structure, on the devices where it is to be.
 
         Raises:
             RunError: the checkpoint is damaged.
@@ -101,7 +97,7 @@ class Checkpoints:
             restored = self._manager.restore(step, args=args)
             if _checksum(restored.state) != restored.meta["checksum"]:
                 raise ValueError("its arrays are not those that were saved")
-        return restored.state, restored.meta["data"]
+        return restored.state
 
     def close(self) -> None:
         """Releases the folder, when what was saved is on disk; raises as `wait`."""

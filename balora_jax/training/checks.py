@@ -29,7 +29,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"name must do as that of a folder, got {shown_value(config.name)}")
     for name in ("training.steps", "training.batch_size", "training.accumulate", "training.eval_every",
                  "training.eval_batch_size", "training.checkpoint_every", "training.keep_checkpoints",
-                 "training.log_every", "adapter.rank", "balance.every", "data.length"):  # fmt: skip
+                 "training.log_every", "adapter.rank", "balance.every", "data.length", "parallel.fsdp",
+                 "parallel.tensor"):  # fmt: skip
         if get_field(config, name) < 1:
             raise ConfigError(f"{name} must be at least 1, got {get_field(config, name)}")
     for name in (
@@ -65,6 +66,8 @@ def check(config: Config) -> None:
     for name in _SEEDS:
         if not 0 <= get_field(config, name) < 2**32:
             raise ConfigError(f"{name} must be from 0 to 2**32 - 1, got {get_field(config, name)}")
+    if config.parallel.data < 1 and config.parallel.data != -1:
+        raise ConfigError(f"parallel.data must be at least 1, or -1 for all devices, got {config.parallel.data}")
     _check_evaluations(config)
     modules = config.data.modules
     if twice := [name for name in modules if modules.count(name) > 1]:

@@ -92,6 +92,8 @@ def expand(config: Config, sweep: Sweep) -> tuple[Config, ...]:
     for mapping in mappings or [{}]:
         if not isinstance(mapping, Mapping):
             raise ConfigError(f"sweep must map field names to values, got {shown_value(mapping)}")
+        if parallel := [name for name in mapping if name.startswith("parallel.")]:
+            raise ConfigError(f"sweep: {parallel[0]} has no part in what is computed; set it for all runs")
         for choice in combinations(mapping):
             run = with_fields(config, choice)
             check(run)

@@ -35,6 +35,9 @@ class Evaluated(Protocol):
     def member_model(self) -> Callable[[TrainState, nnx.State], Decoder]:
         """Returns the model of one member."""
 
+    def by_rows(self, function: Callable[[TrainState, nnx.State, Any], Any]) -> Callable[..., Any]:
+        """Compiles a function of rows."""
+
     def over_members(self, function: Callable, *arguments: Any) -> Any:
         """Applies a function to every member."""
 
@@ -210,18 +213,18 @@ def generate_answers(
     new_tokens = max_new_tokens or max(len(t) - n for t, n in zip(encoded.tokens, encoded.prompt_lengths, strict=True))
     tokens, segment_ids = pad_left(prompts, pad_id=tokenizer.pad_id)
 
-    @jax.jit
-    def generate_all(states, base, tokens, segment_ids):
+    @program.by_rows
+    def generate_all(states, base, rows):
         def member(state):
             model = program.member_model(state, base)
             eos, ends = tokenizer.eos_id, tokenizer.end_ids
-            return generate(model, tokens, segment_ids, new_tokens=new_tokens, eos_id=eos, end_ids=ends)
+            return generate(model, *rows, new_tokens=new_tokens, eos_id=eos, end_ids=ends)
 
         return program.over_members(member, states)
 
     members: list[list[str]] = [[] for _ in range(state.step.shape[0])]
     for part, rows in _chunks(len(prompts), batch_size):
-        out = np.asarray(generate_all(state, program.base, tokens[rows], segment_ids[rows]))[:, part]
+        out = np.asarray(generate_all(state, program.base, (tokens[rows], segment_ids[rows])))[:, part]
         for texts, generated in zip(members, out, strict=True):
             texts += [tokenizer.decode(row[row >= 0].tolist()) for row in generated]
     return members

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from balora_jax.errors import ConfigError
 from balora_jax.methods import get_method
@@ -22,6 +23,7 @@ from balora_jax.training.populations import Members
 from balora_jax.training.program import Program
 from balora_jax.training.progress import TrainingProgress
 from balora_jax.training.records import Record, RunDirectory
+from balora_jax.training.selection import Selection
 from balora_jax.training.spectra import conditions, diagnoses, of_members
 from balora_jax.training.state import TrainState
 
@@ -75,7 +77,9 @@ class Evaluator:
             self.check_start(losses[OWN].total, "evaluation loss")
         own = losses[OWN]
         others = {name: found.total for name, found in losses.items() if name != OWN}
-        pairs = [conditions(one) for one in of_members(state.adapters)] if self._has_pairs else None
+        pairs = None
+        if self._has_pairs:
+            pairs = [conditions(one) for one in of_members(self._program.fetched(state.adapters))]
         records = []
         for index, member in enumerate(self._members):
             record = {"kind": "evaluation", "population": self._name, "member": member, "step": step}
@@ -98,10 +102,13 @@ class Evaluator:
         """
         self._directory.forget(self._directory.of("result", population=self._name))
         shares = self._answer_all(state.selected, step, progress)
-        diverged, sizes = np.array(state.diverged_at), self._program.sizes(state)
+        selection = None
+        if state.selection is not None:
+            selection = self._program.fetched(state.selection._replace(adapters=nnx.State({})))
+        diverged, sizes = np.array(self._program.fetched(state.diverged_at)), self._program.sizes(state)
         records = []
         for index, member in enumerate(self._members):
-            selected = self._selected_step(state, index, step)
+            selected = self._selected_step(selection, index, step)
             evaluation = self._of(member, "evaluation", selected)
             if diverged[index] < 0 and not np.isfinite(float(self._of(member, "evaluation", step)["evaluation_loss"])):
                 diverged[index] = step  # the last update broke the model
@@ -121,8 +128,8 @@ class Evaluator:
                 record["others"] = dict(zip(list(self._sets)[1:], others, strict=True))
             record |= {"diverged_at": int(diverged[index])}
             record |= {"status": "finished" if diverged[index] < 0 else "diverged"}
-            if state.selection is not None:
-                record |= {"selected_step": selected, "stopped_at": int(state.selection.stopped_at[index])}
+            if selection is not None:
+                record |= {"selected_step": selected, "stopped_at": int(selection.stopped_at[index])}
             trained = self._of(member, "train", selected) if selected else {}
             record |= {name: trained[name] for name in ("gap_mean", "gap_worst") if name in trained}
             records.append(record | sizes)
@@ -167,7 +174,9 @@ class Evaluator:
         if not self._has_pairs:
             return
         lines = []
-        for (member, config), adapters in zip(self._members.items(), of_members(state.adapters), strict=True):
+        for (member, config), adapters in zip(
+            self._members.items(), of_members(self._program.fetched(state.adapters)), strict=True
+        ):
             for name, found in diagnoses(adapters, self._program.scale(config)):
                 line = {"member": member, "step": step, "pair": name, "gap": found.gap}
                 line |= {"condition": number(found.condition_number)}
@@ -175,11 +184,11 @@ class Evaluator:
                 lines.append(line | {"singular_values": [float(f"{x:.6g}") for x in found.singular_values]})
         self._directory.write_lines("spectra.jsonl", self._name, lines)
 
-    def _selected_step(self, state: TrainState, index: int, step: int) -> int:
+    def _selected_step(self, selection: Selection | None, index: int, step: int) -> int:
         """The step whose adapters a member ends with."""
-        if state.selection is None or self._config.training.select == "last":
+        if selection is None or self._config.training.select == "last":
             return step
-        return int(state.selection.step[index])
+        return int(selection.step[index])
 
     def _of(self, member: str, kind: str, step: int) -> Record:
         return self._directory.of(kind, population=self._name, member=member, step=step)[-1]

@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 
 from balora_jax.adapters import adapter_scale
@@ -14,21 +13,21 @@ from balora_jax.settings import Config
 from balora_jax.training.config import NUMERIC_FIELDS
 from balora_jax.training.fields import get_field
 
-Numbers = Mapping[str, jax.Array]
+Numbers = Mapping[str, Any]
 """The numeric fields of a config by their dotted names, as arrays of one run, or of a population."""
 
 Optimizer = Callable[[Numbers], optax.GradientTransformation]
 """Makes the optimizer of a run from its numbers."""
 
 
-def stacked_numbers(members: Sequence[Config]) -> dict[str, jax.Array]:
+def stacked_numbers(members: Sequence[Config]) -> dict[str, np.ndarray]:
     """Returns the numbers of a population, `(members,)` each: float32, and uint32 for the seed.
 
     Args:
         members: the configs.
     """
     return {
-        name: jnp.asarray([get_field(m, name) for m in members], jnp.uint32 if name == "seed" else jnp.float32)
+        name: np.asarray([get_field(m, name) for m in members], np.uint32 if name == "seed" else np.float32)
         for name in NUMERIC_FIELDS
     }
 

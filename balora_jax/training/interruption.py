@@ -49,10 +49,14 @@ class Interruptions:
         self._before = {}
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Lets a signal break off the block, which must leave nothing half done; the block is then left quietly."""
+    def at_once(self, allowed: bool = True) -> Iterator[None]:
+        """Lets a signal break off the block, which must leave nothing half done; the block is then left quietly.
+
+        Args:
+            allowed: whether it may; otherwise the signal is noted.
+        """
         try:
-            self._may_raise = True
+            self._may_raise = allowed
             yield
             self._may_raise = False
         except Interrupted:

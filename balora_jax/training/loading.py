@@ -3,7 +3,9 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
+
+from jax.sharding import Mesh
 
 from balora_jax.data import recipes
 from balora_jax.data.batches import Rows, Tokenizer, encode, pack, pad
@@ -13,17 +15,23 @@ from balora_jax.models import Decoder
 from balora_jax.models.weights import abstract_decoder, load_decoder
 from balora_jax.settings import Config, DataSettings, EvaluationSettings, ModelSettings
 from balora_jax.training.evaluation import EvaluationSet
+from balora_jax.training.layout import Layout
 
 
 @cache
-def base_model(settings: ModelSettings) -> Decoder:
+def base_model(settings: ModelSettings, mesh: Mesh | None = None) -> Decoder:
     """As `load_model`, of a model that was read before the same."""
-    return load_model(settings)
+    return load_model(settings, mesh)
 
 
-def load_model(settings: ModelSettings) -> Decoder:
-    """Returns a new decoder; raises `ConfigError` if it cannot be loaded."""
-    return _read(load_decoder, settings)
+def load_model(settings: ModelSettings, mesh: Mesh | None = None) -> Decoder:
+    """Returns a new decoder; raises `ConfigError` if it cannot be loaded.
+
+    Args:
+        settings: of the model.
+        mesh: of a `Layout`, over which the weights are spread; None for one device.
+    """
+    return _read(partial(load_decoder, sharding=Layout(mesh).weight) if mesh else load_decoder, settings)
 
 
 def load_shapes(settings: ModelSettings) -> Decoder:

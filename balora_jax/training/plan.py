@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-from flax import nnx
 
 from balora_jax.settings import Config
-from balora_jax.training.loading import base_model
 from balora_jax.training.memory import memory_limit, shown
 from balora_jax.training.program import Program
 
@@ -30,7 +28,7 @@ def plan(
     lines = [f"{_some(count, 'run')} in {_some(len(populations), 'population')}{done}; {where}; writes to {output}"]
     for name, members in populations.items():
         program, settings = programs[name], programs[name].config.training
-        base = jax.tree.leaves(nnx.state(base_model(program.config.model), nnx.Param))
+        base = jax.tree.leaves(program.member_model.bare)
         numbers, size = sum(leaf.size for leaf in base), sum(leaf.nbytes for leaf in base)
         rows = settings.batch_size * settings.accumulate
         lines.append(

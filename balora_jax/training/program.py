@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from balora_jax.adapters import adapter_scale, lora_ga_start, start_at
@@ -15,6 +16,7 @@ from balora_jax.models import Decoder
 from balora_jax.settings import Config
 from balora_jax.training.adapted import AdaptedModel
 from balora_jax.training.hyperparameters import Numbers, optimizer_of, stacked_numbers
+from balora_jax.training.layout import Layout
 from balora_jax.training.selection import nothing_seen, seen
 from balora_jax.training.state import TrainState, named_key
 from balora_jax.training.step import Batch, mean_loss, token_losses, train_step
@@ -25,31 +27,37 @@ class Program:
 
     Attributes:
         config: the config of any of them.
+        layout: where the arrays lie; None for one device.
         base: the frozen parameters, shared by all members and passed to every function.
         trained_parameters: how many numbers one member trains.
         step: `(states, base, batches) -> (states, metrics)`, arrays of batches `(members, accumulate, rows, length)`;
             the memory of the states is used again.
-        evaluate: `(states, base, batch) -> (losses, tokens)`, `(members, rows)` each: the summed loss and the number of
-            the predicted tokens; all members see the same batch, arrays `(rows, length)`.
+        evaluate: `(states, base, rows) -> (losses, tokens)`, `(members, rows)` each: the summed loss and the number of
+            the predicted tokens; all members see the same rows, arrays `(rows, length)`.
     """
 
-    def __init__(self, config: Config, decoder: Decoder):
+    def __init__(self, config: Config, decoder: Decoder, layout: Layout | None = None):
         """Finds the structure; the decoder's arrays are shared, and shapes in their place do to compile with.
+
+        Args:
+            config: of any member.
+            decoder: the base.
+            layout: where the arrays lie; None for one device.
 
         Raises:
             ValueError: the targets match nothing or the rank does not fit.
             TypeError: a target is not a layer that adapters go on.
         """
-        self.config = config
-        self.member_model = AdaptedModel(config, decoder)
+        self.config, self.layout = config, layout
+        self.member_model = AdaptedModel(config, decoder, layout.rows() if layout else None)
         self.base = self.member_model.base
         self.trained_parameters = self.member_model.trained_parameters
         self._method = get_method(config.method)
         self._options = self._method.resolved(config.options)
         self._optimizer = optimizer_of(config)
         self.step = jax.jit(self._step, donate_argnums=0)
-        self.evaluate = jax.jit(self._evaluate)
-        self._start = jax.jit(jax.vmap(self._start_member, in_axes=(None, 0, 0)))
+        self.evaluate = self.by_rows(self._evaluate)
+        self._start = jax.jit(self._start_members)
         self._select = jax.jit(jax.vmap(self._select_member), donate_argnums=0)
 
     @property
@@ -91,7 +99,7 @@ class Program:
             state: that was evaluated.
             losses: `(members,)` the evaluation losses.
         """
-        return state if state.selection is None else self._select(state, jnp.asarray(losses, jnp.float32))
+        return state if state.selection is None else self._select(state, np.asarray(losses, np.float32))
 
     def sizes(self, state: TrainState) -> dict[str, int]:
         """Returns what one member of a population has for itself.
@@ -110,6 +118,35 @@ class Program:
             "trained_parameters": self.trained_parameters,
             "state_bytes": sum(of_member(array) * array.dtype.itemsize for array in jax.tree.leaves(state.opt_state)),
         }
+
+    def fetched(self, tree: Any) -> Any:
+        """Returns arrays of the host, whole.
+
+        Args:
+            tree: arrays of the devices, of a state for example.
+        """
+        if self.layout is not None:
+            tree = jax.jit(lambda tree: tree, out_shardings=self.layout.replicated)(tree)
+        return jax.device_get(tree)
+
+    def by_rows(self, function: Callable[[TrainState, nnx.State, Any], Any]) -> Callable[..., Any]:
+        """Compiles a function, whose work is shared among the devices by rows.
+
+        Args:
+            function: `(states, base, rows) -> results`, arrays `(rows, ...)` and `(members, rows, ...)`.
+        """
+        layout = self.layout
+        if layout is None:
+            return jax.jit(function)
+        compiled = jax.jit(function, out_shardings=layout.replicated)
+
+        def of_rows(states: TrainState, base: nnx.State, rows: Any) -> Any:
+            count = len(jax.tree.leaves(rows)[0])
+            whole = -(-count // layout.row_shards) * layout.row_shards  # repeats rows to fill the parts
+            placed = jax.tree.map(lambda x: jax.device_put(np.resize(x, (whole, *x.shape[1:])), layout.rows()), rows)
+            return jax.tree.map(lambda x: x[:, :count], compiled(states, base, placed))
+
+        return of_rows
 
     def over_members(self, function: Callable, *arguments: Any) -> Any:
         """Applies a function to every member, `training.members_at_once` at a time.
@@ -130,7 +167,10 @@ class Program:
 
     def _step(self, states: TrainState, base: nnx.State, batches: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         step = partial(train_step, model=self.member_model, optimizer=self._optimizer)
-        return self.over_members(lambda state, batch: step(state, base, batch), states, batches)
+        states, metrics = self.over_members(lambda state, batch: step(state, base, batch), states, batches)
+        if self.layout is not None:
+            metrics = jax.lax.with_sharding_constraint(metrics, self.layout.replicated)
+        return self._placed(states), metrics
 
     def _evaluate(self, states: TrainState, base: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
         def member(state: TrainState) -> tuple[jax.Array, jax.Array]:
@@ -148,6 +188,15 @@ class Program:
             starts = jax.tree.map(lambda *x: jnp.stack(x), *(by_seed[member.seed] for member in members))
         return self._start(bare, numbers, starts)
 
+    def _start_members(self, bare: nnx.State, numbers: Numbers, starts: Any) -> TrainState:
+        return self._placed(jax.vmap(self._start_member, in_axes=(None, 0, 0))(bare, numbers, starts))
+
+    def _placed(self, states: TrainState) -> TrainState:
+        """The states where they are to lie."""
+        if self.layout is None:
+            return states
+        return jax.lax.with_sharding_constraint(states, self.layout.state(states))
+
     def _gradient_start(self, bare: nnx.State, seed: int, batches: Mapping[str, Any]):
         return lora_ga_start(
             self.member_model.decoder(bare),
@@ -155,11 +204,11 @@ class Program:
             batches,
             targets=self.member_model.targets,
             rank=self.config.adapter.rank,
-            key=named_key(seed, "gradient"),
+            key=self._key(seed, "gradient"),
             gamma=self._options["gamma"],
         )
 
-    def _start_member(self, bare: nnx.State, numbers: dict[str, jax.Array], starts) -> TrainState:
+    def _start_member(self, bare: nnx.State, numbers: Numbers, starts) -> TrainState:
         model = self.member_model.start(bare, numbers["seed"], numbers["adapter.alpha"])
         if starts is not None:
             start_at(model, starts)
@@ -168,7 +217,12 @@ class Program:
         if training.select == "best" or training.patience is not None:
             selection = nothing_seen(adapters, keep=training.select == "best")
         opt_state = self._optimizer(numbers).init(adapters)
-        return TrainState(jnp.int32(0), numbers, adapters, opt_state, random, frozen, jnp.int32(-1), selection)
+        return TrainState(jnp.int32(0), dict(numbers), adapters, opt_state, random, frozen, jnp.int32(-1), selection)
+
+    def _key(self, seed: int, name: str) -> jax.Array:
+        """A key where the base is."""
+        where = None if self.layout is None else self.layout.replicated
+        return jax.jit(named_key, static_argnums=(0, 1), out_shardings=where)(seed, name)
 
     def _select_member(self, state: TrainState, loss: jax.Array) -> TrainState:
         assert state.selection is not None

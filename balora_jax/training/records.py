@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 
@@ -31,6 +31,7 @@ from balora_jax.files import MOST_NESTED, is_nested_too_deeply, open_to_append, 
 from balora_jax.methods import get_method
 from balora_jax.settings import Config, TrainingSettings
 from balora_jax.training.live import LiveLog
+from balora_jax.training.processes import from_first, is_first
 
 try:
     import fcntl
@@ -46,6 +47,8 @@ Record = dict[str, Any]
 
 class RunDirectory:
     """One run directory, locked for this process while it is open.
+
+    Of a run of several processes the first alone reads and writes; the others have the same record in memory.
 
     Attributes:
         path: the folder.
@@ -66,23 +69,29 @@ class RunDirectory:
             RunError: another process is working in it, or its record is broken.
         """
         self.path = path
-        resolved = json.loads(json.dumps({name: dataclasses.asdict(config) for name, config in members.items()}))
-        config_file = path / "config.json"
+        self._lock: IO[str] | None = None
+        self._watcher: LiveLog | None = None
+        self._metrics, self._members = path / "metrics.jsonl", set(members)
+        self.records: list[Record] = []
+        self.started, self.records = from_first(lambda: self._open(members))
+
+    def _open(self, members: dict[str, Config]) -> tuple[str, list[Record]]:
+        """Makes or resumes the directory; returns when it was first started, and its record."""
+        path, config_file = self.path, self.path / "config.json"
+        resolved = _resolved(members)
         try:
             if path.exists() and not path.is_dir():
                 raise ConfigError(f"the output {path} must be a folder, but it is a file")
             path.mkdir(parents=True, exist_ok=True)
             self._check_entries()
-            self._lock = open_to_append(path / ".lock")
+            self._lock = lock = open_to_append(path / ".lock")
         except OSError as error:
             raise ConfigError(f"cannot write to the output folder {path}: {error.strerror}") from None
         try:
             if fcntl is not None:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f"another process is working in {path}; wait for it or choose another --output") from None
-        self._metrics, self._members = path / "metrics.jsonl", set(members)
-        self._watcher: LiveLog | None = None
         try:
             before = _parse(config_file, dict) if config_file.exists() else None
             goes_on = before is not None and _asks_for_more(before, resolved)
@@ -96,7 +105,7 @@ class RunDirectory:
             if before is None or goes_on:
                 with whole_file(config_file) as file:
                     file.write(json.dumps(resolved, indent=2) + "\n")
-            self._write_environment()
+            return self._write_environment(), self.records
         except (ConfigError, RunError):
             self.close()
             raise
@@ -105,7 +114,8 @@ class RunDirectory:
 
     def close(self) -> None:
         """Lets other processes use the directory."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
         if self._watcher is not None:
             self._watcher.close()
 
@@ -116,10 +126,11 @@ class RunDirectory:
     def append(self, records: Iterable[Record]) -> None:
         """Adds lines to the record and waits until they are on disk."""
         records = list(records)
-        with open_to_append(self._metrics) as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-            file.flush()
-            os.fsync(file.fileno())
+        if is_first():
+            with open_to_append(self._metrics) as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+                file.flush()
+                os.fsync(file.fileno())
         self.records += records
         if self._watcher is not None:
             self._watcher.write(records)
@@ -135,6 +146,8 @@ class RunDirectory:
         Raises:
             RunError: a line of the file is broken.
         """
+        if not is_first():
+            return
         file, kept = self.path / name, []
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if file.exists() else []
         for number, line in enumerate(lines, start=1):
@@ -157,7 +170,8 @@ class RunDirectory:
         if records:
             forgotten = set(map(id, records))
             kept = [record for record in self.records if id(record) not in forgotten]
-            self._write(kept)
+            if is_first():
+                self._write(kept)
             self.records = kept
 
     def of(self, kind: str, **equal: Any) -> list[Record]:
@@ -280,13 +294,14 @@ class RunDirectory:
         with whole_file(self._metrics) as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
-    def _write_environment(self) -> None:
+    def _write_environment(self) -> str:
+        """Adds this start to the file; returns the time of the first."""
         environments = self.path / "environment.json"
         starts = _parse(environments, list) if environments.exists() else []
         starts.append(environment())
-        self.started = str(starts[0].get("time"))
         with whole_file(environments) as file:
             file.write(json.dumps(starts, indent=2) + "\n")
+        return str(starts[0].get("time"))
 
 
 def parse_line(line: str) -> Any:
@@ -333,6 +348,14 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix[:-1]: value}
     return {key: leaf for name, item in value.items() for key, leaf in _flat(item, f"{prefix}{name}.").items()}
+
+
+def _resolved(members: Mapping[str, Config]) -> dict[str, Any]:
+    """The configs as values of JSON, without the devices, which have no part in what is computed."""
+    resolved = {name: dataclasses.asdict(config) for name, config in members.items()}
+    for config in resolved.values():
+        del config["parallel"]
+    return json.loads(json.dumps(resolved))
 
 
 def _asks_for_more(before: Any, after: Any) -> bool:

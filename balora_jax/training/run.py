@@ -12,11 +12,13 @@ from balora_jax.files import whole_file
 from balora_jax.settings import Config
 from balora_jax.training import figures, report, results
 from balora_jax.training.config import NUMERIC_FIELDS, Sweep, expand
+from balora_jax.training.layout import layout_of
 from balora_jax.training.live import LiveLog
-from balora_jax.training.loading import base_model, load_data, load_evaluations
+from balora_jax.training.loading import base_model, load_data, load_evaluations, load_shapes
 from balora_jax.training.memory import check_evaluation, check_step, memory_limit
 from balora_jax.training.plan import plan
 from balora_jax.training.populations import sort_into_populations
+from balora_jax.training.processes import is_first
 from balora_jax.training.program import Program
 from balora_jax.training.progress import phase
 from balora_jax.training.records import RunDirectory, RunError
@@ -48,7 +50,7 @@ def run(config: Config, sweep: Sweep, output: Path, console: Console, *, log: st
         with phase(console, f"{name}: reading the base and the data"):
             programs[name] = _program(name, members)
     directory = RunDirectory(output, everyone)
-    if log is not None:
+    if log is not None and is_first():
         identity, resumed = f"{output.resolve()} {directory.started}", bool(directory.records)
         directory.watch(LiveLog(log, output, everyone, identity=identity, resumed=resumed))
     try:
@@ -60,13 +62,8 @@ def run(config: Config, sweep: Sweep, output: Path, console: Console, *, log: st
             directory.check_complete(name, members, programs[name].config.training)
         axes = {name: results.numeric_axes(members.values(), NUMERIC_FIELDS) for name, members in populations.items()}
         rows = results.summarise(directory, everyone, axes)
-        with whole_file(output / "results.json") as file:
-            file.write(json.dumps(rows, indent=2) + "\n")
-        with whole_file(output / "results.txt") as file:
-            PlainConsole(file=file, width=results.TABLE_WIDTH).print(results.table(rows))
-        with whole_file(output / "figure.png", "wb") as file:
-            figures.loss_curves(directory, rows, file)
-        report.write_if_possible(output)
+        if is_first():
+            _write_results(directory, rows)
     except OSError as error:
         raise RunError(
             f"cannot write to {output} ({error.strerror or error}); once that is mended, the same command goes on"
@@ -76,14 +73,27 @@ def run(config: Config, sweep: Sweep, output: Path, console: Console, *, log: st
     return rows
 
 
+def _write_results(directory: RunDirectory, rows: list[dict]) -> None:
+    """Writes what is made of the record at the end."""
+    output = directory.path
+    with whole_file(output / "results.json") as file:
+        file.write(json.dumps(rows, indent=2) + "\n")
+    with whole_file(output / "results.txt") as file:
+        PlainConsole(file=file, width=results.TABLE_WIDTH).print(results.table(rows))
+    with whole_file(output / "figure.png", "wb") as file:
+        figures.loss_curves(directory, rows, file)
+    report.write_if_possible(output)
+
+
 def _program(name: str, members: Mapping[str, Config]) -> Program:
     config = next(iter(members.values()))
     try:
-        program = Program(config, base_model(config.model))
+        layout = layout_of(config, load_shapes(config.model), members=len(members))
+        program = Program(config, base_model(config.model, layout.mesh if layout else None), layout)
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError(f"{name}: {error}") from error
     rows, examples, _ = load_data(config.data, config.model.path)
-    model, limit = base_model(config.model).config, memory_limit()
+    model, limit = load_shapes(config.model).config, memory_limit()
     check_step(config, model, members=len(members), length=rows.length, limit=limit)
     for found in (examples, *load_evaluations(config)[0].values()):
         check_evaluation(config.training, model, found, limit=limit)

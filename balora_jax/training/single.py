@@ -36,6 +36,10 @@ class Single:
         """Returns the model."""
         return nnx.merge(self._graph, base, copy=True)
 
+    def by_rows(self, function: Callable[[TrainState, nnx.State, Any], Any]) -> Callable[..., Any]:
+        """Compiles a function of rows."""
+        return jax.jit(function)
+
     def over_members(self, function: Callable, *arguments: Any) -> Any:
         """Applies a function to the one member."""
         return jax.vmap(function)(*arguments)

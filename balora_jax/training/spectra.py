@@ -48,6 +48,5 @@ def conditions(adapters: Any) -> dict[str, float]:
 
 
 def of_members(adapters: Any) -> list[Any]:
-    """Returns the adapters of each member of a population, fetched from the device at once."""
-    adapters = jax.device_get(adapters)
+    """Returns the adapters of each member of a population, which are on the host."""
     return [jax.tree.map(lambda x, i=i: x[i], adapters) for i in range(len(jax.tree.leaves(adapters)[0]))]

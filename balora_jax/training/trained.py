@@ -67,7 +67,7 @@ def load_trained(run: Path, member: str | None = None, *, weights: bool = True) 
         if step is None:
             raise RunError(f"{run} has no checkpoint of {name}; let the run go on first")
         program = _program(together, weights=weights)
-        states, _ = checkpoints.restore(step, program.abstract_state(list(together.values())))
+        states = checkpoints.restore(step, program.abstract_state(list(together.values())))
     finally:
         checkpoints.close()
     index = list(together).index(name)

@@ -5,23 +5,25 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import grain
 import jax
 import numpy as np
 from rich.console import Console
 
-from balora_jax.data.batches import Arrays, batches
+from balora_jax.data.batches import Arrays
 from balora_jax.training.checkpoints import Checkpoints
 from balora_jax.training.evaluation import Losses
 from balora_jax.training.evaluator import OWN, Evaluator, median, number
+from balora_jax.training.feed import Feed
 from balora_jax.training.interruption import Interrupted, Interruptions
 from balora_jax.training.loading import load_data
 from balora_jax.training.memory import memory_limit, shown, step_memory
 from balora_jax.training.populations import Members
+from balora_jax.training.processes import any_process
 from balora_jax.training.program import Program
 from balora_jax.training.progress import TrainingProgress, phase
 from balora_jax.training.records import RunDirectory, RunError
 from balora_jax.training.state import TrainState
+from balora_jax.training.step import Batch
 from balora_jax.transform import check_projection, projection_states
 
 
@@ -32,13 +34,14 @@ class Trainer:
         self._name, self._members, self._program = name, members, program
         self._directory, self._console = directory, console
         self._config = next(iter(members.values()))
-        self._train_rows, _, notes = load_data(self._config.data, self._config.model.path)
+        rows, _, notes = load_data(self._config.data, self._config.model.path)
         self._evaluator = Evaluator(name, members, program, directory)
         for note in (*notes["training"], *self._evaluator.notes):
             console.print(f"{name}: {note}", markup=False, highlight=False, soft_wrap=True)
-        seeds = sorted({member.seed for member in members.values()})
-        self._iterators = {seed: self._batches(seed) for seed in seeds}
+        seeds = [member.seed for member in members.values()]
+        self._feed = Feed(rows, seeds, self._config.training, program.layout)
         self._done = self._saved = 0  # steps
+        self._is_alone = jax.process_count() == 1
 
     def train(self) -> None:
         """Trains to the last step, from the latest checkpoint if there is one, and records the results.
@@ -73,7 +76,7 @@ class Trainer:
         """Whether there is no step left, or patience has run out for every member that has not diverged."""
         if self._done == self._config.training.steps:
             return True
-        return self._config.training.patience is not None and not np.asarray(state.changes).any()
+        return self._config.training.patience is not None and not self._program.fetched(state.changes).any()
 
     def _recorded(self, state: TrainState, losses: Mapping[str, Losses], progress: TrainingProgress) -> TrainState:
         """Records an evaluation, of which the state knows then."""
@@ -87,7 +90,8 @@ class Trainer:
 
     def _resume(self, checkpoints: Checkpoints) -> TrainState:
         """The state of the latest checkpoint, or the first one; the record is that of its step."""
-        state = self._program.initial_state(list(self._members.values()), self._gradient_batches())
+        gradient_batches = self._feed.first(*self._program.gradient_batches)
+        state = self._program.initial_state(list(self._members.values()), gradient_batches)
         step = checkpoints.latest_step()
         if step is None:
             recorded = self._directory.of("checkpoint", population=self._name)
@@ -100,9 +104,7 @@ class Trainer:
             self._directory.rewind(self._name, -1)
             return state
         self._directory.check_complete(self._name, self._members, self._config.training, checkpoint=step)
-        state, place = checkpoints.restore(step, state)
-        for seed, iterator in self._iterators.items():
-            iterator.set_state(place[str(seed)])
+        state = checkpoints.restore(step, state)
         self._directory.rewind(self._name, step)
         if not self._directory.of("checkpoint", population=self._name, step=step):  # it was on disk before its record
             self._record_checkpoint(step)
@@ -116,50 +118,57 @@ class Trainer:
         compiled_step, steps = None, _Steps(progress)
         with Interruptions() as interruptions:
             for step in range(self._done + 1, settings.steps + 1):
-                batch = self._next_batch()
+                batch, tokens = self._feed(step)
                 compiled_step = compiled_step or self._compiled_step(state, batch, progress)
                 start = time.perf_counter()
                 state, metrics = compiled_step(state, self._program.base, batch)
-                steps.begun(step, metrics, start=start, tokens=int((batch["segment_ids"] > 0).sum()))
+                steps.begun(step, metrics, start=start, tokens=tokens)
                 if step == 1:
                     self._evaluator.check_start(metrics["loss"], "loss of the first batch")
                 self._done = step
-                stopping = interruptions.received is not None
-                evaluating = self._evaluator.is_due(step) and not stopping
+                stop = self._signal(interruptions, step)
+                evaluating = self._evaluator.is_due(step) and not stop
                 saving = step == settings.steps or step % settings.checkpoint_every == 0
-                if evaluating or saving or stopping:
+                if evaluating or saving or stop:
                     self._record_steps(steps.all())
                     self._check_balance(state)
                 elif step % settings.log_every == 0:
                     self._record_steps(steps.done())
                 if evaluating:
-                    with interruptions.at_once():
+                    with interruptions.at_once(self._is_alone):
                         losses = self._evaluator.losses(state, step, progress)
-                    if interruptions.received is None:
+                    stop = (interruptions.received or 0) if self._is_alone else 0
+                    if not stop:
                         state = self._recorded(state, losses, progress)
                 ended = evaluating and self._has_ended(state)
-                if saving or ended or interruptions.received is not None:
+                if saving or ended or stop:
                     self._save(checkpoints, state)
-                if interruptions.received is not None:
+                if stop:
                     self._record_checkpoint(checkpoints.wait())
-                    raise Interrupted(signal=interruptions.received)
+                    raise Interrupted(signal=stop)
                 if ended:
                     break
         self._record_checkpoint(checkpoints.wait())
         return state
 
+    def _signal(self, interruptions: Interruptions, step: int) -> int:
+        """The signal at which training stops after this step, or 0; several processes ask each other now and then."""
+        received = interruptions.received or 0
+        if self._is_alone:
+            return received
+        return any_process(received) if step % self._config.training.log_every == 0 else 0
+
     def _save(self, checkpoints: Checkpoints, state: TrainState) -> None:
         """Begins to write a checkpoint; that it is there is recorded when it is."""
         self._record_checkpoint(checkpoints.wait())
-        place = {str(seed): iterator.get_state() for seed, iterator in self._iterators.items()}
-        checkpoints.save(self._done, state, place)
+        checkpoints.save(self._done, state)
 
     def _record_checkpoint(self, step: int | None) -> None:
         if step is not None:
             self._directory.append([{"kind": "checkpoint", "population": self._name, "step": step}])
             self._saved = step
 
-    def _compiled_step(self, state: TrainState, batch: Arrays, progress: TrainingProgress) -> Callable:
+    def _compiled_step(self, state: TrainState, batch: Batch | Arrays, progress: TrainingProgress) -> Callable:
         """The step, compiled before the first, so that its time and its memory can be told."""
         with progress.phase("compiling the step") as say:
             compiled = self._program.step.lower(state, self._program.base, batch).compile()
@@ -188,28 +197,6 @@ class Trainer:
                 check_projection(state.opt_state)
             except ValueError as error:
                 raise RunError(f"{self._name}: {error}") from error
-
-    def _gradient_batches(self) -> dict[int, Arrays]:
-        """The first rows that each seed's start from gradients sees, `(batches, rows, length)`."""
-        count, rows = self._program.gradient_batches
-        found = {}
-        for seed in self._iterators if count else ():
-            iterator = batches(self._train_rows, batch_size=rows, seed=seed)
-            drawn = [next(iterator) for _ in range(count)]
-            found[seed] = {name: np.stack([batch[name] for batch in drawn]) for name in drawn[0]}
-        return found
-
-    def _batches(self, seed: int) -> grain.DatasetIterator:
-        settings = self._config.training
-        return batches(self._train_rows, batch_size=settings.batch_size * settings.accumulate, seed=seed)
-
-    def _next_batch(self) -> Arrays:
-        """Arrays `(members, accumulate, rows, length)`; members of one seed see the same rows."""
-        settings = self._config.training
-        by_seed = {seed: next(iterator) for seed, iterator in self._iterators.items()}
-        rows = [by_seed[member.seed] for member in self._members.values()]
-        shape = (len(rows), settings.accumulate, settings.batch_size, -1)
-        return {name: np.stack([row[name] for row in rows]).reshape(shape) for name in rows[0]}
 
 
 @dataclass

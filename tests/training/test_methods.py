@@ -103,8 +103,8 @@ def test_contract(trained, tmp_path):
 
     # a checkpoint holds all of it
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
-    checkpoints.save(STEPS, state, {})
-    restored, _ = checkpoints.restore(STEPS, start)
+    checkpoints.save(STEPS, state)
+    restored = checkpoints.restore(STEPS, start)
     checkpoints.close()
     for saved, read in zip(*map(jax.tree.leaves, (state, restored)), strict=True):
         np.testing.assert_array_equal(*(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x

@@ -75,7 +75,7 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, keep=1)
     monkeypatch.setattr(ocp.CheckpointManager, "save", is_full)
     with pytest.raises(RunError, match=r"cannot write the checkpoint .*/7 \(No space left on device\)"):
-        checkpoints.save(7, {"x": np.ones(3)}, {})
+        checkpoints.save(7, {"x": np.ones(3)})
     checkpoints.close()
 
 

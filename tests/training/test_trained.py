@@ -38,7 +38,7 @@ def checkpointed(folder, members):
     frozen = jax.tree.map(scaled, state.frozen, is_leaf=lambda leaf: isinstance(leaf, AdapterScale))
     state = state._replace(frozen=jax.tree.map(jax.numpy.asarray, frozen))
     checkpoints = Checkpoints(folder / "checkpoints" / next(iter(members.values())).method, keep=1)
-    checkpoints.save(3, state, {})
+    checkpoints.save(3, state)
     checkpoints.close()
     (folder / "config.json").write_text(json.dumps({name: dataclasses.asdict(m) for name, m in members.items()}))
     return state.adapters
