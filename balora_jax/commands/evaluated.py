@@ -15,7 +15,8 @@ from balora_jax.data.hub_tokenizer import files_fingerprint, tokenizer_files
 from balora_jax.errors import ConfigError
 from balora_jax.settings import Config
 from balora_jax.training.evaluation import accuracies, answer, evaluate_loss, what_is_not_finite
-from balora_jax.training.loading import load_data, load_model
+from balora_jax.training.layout import layout_of
+from balora_jax.training.loading import load_data, load_model, load_shapes
 from balora_jax.training.memory import check_evaluation, memory_limit
 from balora_jax.training.single import Single, nothing_trained
 
@@ -38,7 +39,8 @@ def evaluated(config: Config, adapter: Path | None) -> dict[str, Any]:
     if adapter is not None:
         with explained("--adapter"):
             peft = read_peft(adapter)
-    model = load_model(config.model)
+    layout = layout_of(config, load_shapes(config.model), members=1)
+    model = load_model(config.model, layout.mesh if layout else None)
     if peft is not None:
         with explained("--adapter"):
             load_adapters(model, peft)
@@ -48,7 +50,7 @@ def evaluated(config: Config, adapter: Path | None) -> dict[str, Any]:
     if own not in (None, examples.tokenizer.fingerprint):
         notes.append(f"the adapter has a tokenizer of its own, which is not used; --data.tokenizer {adapter} takes it")
     check_evaluation(config.training, model.config, examples, limit=memory_limit())
-    program = Single(model)
+    program = Single(model, layout)
     batch_size = config.training.eval_batch_size
     losses = evaluate_loss(program, nothing_trained(), examples, batch_size=batch_size)
     if not np.isfinite(losses.total[0]):

@@ -22,12 +22,14 @@ class Options:
         out: a new folder.
         member: which of its runs; may be left out if there is one, or one in the best cells of its table.
         merged: write the base with the adapter added to its weights instead, in Hugging Face's format.
+        tensor: devices that share the weights, with `--merged`.
     """
 
     run: Annotated[Path, Positional, arg(metavar="RUN")]
     out: Annotated[Path, Positional, arg(metavar="OUT")]
     member: str | None = None
     merged: bool = False
+    tensor: int = 1
 
 
 def main(arguments: list[str]) -> int:
@@ -41,7 +43,7 @@ def main(arguments: list[str]) -> int:
     from balora_jax.methods import get_method
     from balora_jax.training.trained import load_trained
 
-    trained = load_trained(options.run, options.member, weights=options.merged)
+    trained = load_trained(options.run, options.member, weights=options.merged, tensor=options.tensor)
     config = trained.config
     notes = []
     with explained("the tokenizer of the run"):

@@ -30,6 +30,7 @@ class Options:
         temperature: 0 takes the most likely token at each step; otherwise tokens are drawn, at 1 as the model has them.
         seed: of the draws.
         dtype: of the weights and the arithmetic.
+        tensor: devices that share the weights.
     """
 
     model: Annotated[str, Positional, arg(metavar="MODEL")]
@@ -42,6 +43,7 @@ class Options:
     temperature: float = 0.0
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    tensor: int = 1
 
 
 def main(arguments: list[str]) -> int:

@@ -18,8 +18,9 @@ from balora_jax.data.tokenizer import CharTokenizer
 from balora_jax.errors import ConfigError
 from balora_jax.models import Decoder
 from balora_jax.models.generation import generate
-from balora_jax.models.weights import load_decoder
+from balora_jax.models.weights import abstract_decoder, load_decoder
 from balora_jax.training.evaluation import what_is_not_finite
+from balora_jax.training.layout import tensor_layout
 from balora_jax.training.memory import check_answers, memory_limit
 
 
@@ -35,7 +36,9 @@ def continued(options: Options, folder: Path, prompts: tuple[str, ...]) -> list[
         ConfigError: model, adapter, tokenizer or a text do not do.
     """
     with explained("MODEL"):
-        model = load_decoder(folder, dtype=options.dtype, param_dtype=options.dtype)
+        layout = tensor_layout(abstract_decoder(folder), options.tensor)
+        where = layout.weight if layout else None
+        model = load_decoder(folder, dtype=options.dtype, param_dtype=options.dtype, sharding=where)
     own = None
     if options.adapter is not None:
         with explained("--adapter"):

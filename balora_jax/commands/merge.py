@@ -23,12 +23,14 @@ class Options:
         out: a new folder; config.json, the tokenizer and the other small files of the base are copied along. If the
             adapter's folder holds a tokenizer, that one is taken.
         dtype: of the weights that are written; default that of each in the base. Sums are formed in float32.
+        tensor: devices that share the weights.
     """
 
     model: Annotated[str, Positional, arg(metavar="MODEL")]
     adapter: Annotated[Path, Positional, arg(metavar="ADAPTER")]
     out: Annotated[Path, Positional, arg(metavar="OUT")]
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    tensor: int = 1
 
 
 def main(arguments: list[str]) -> int:
@@ -43,7 +45,8 @@ def main(arguments: list[str]) -> int:
     from balora_jax.adapters import load_adapters, read_peft
     from balora_jax.casting import WRITABLE
     from balora_jax.commands.merged import write_merged
-    from balora_jax.models.weights import load_decoder, stored_dtypes
+    from balora_jax.models.weights import abstract_decoder, load_decoder, stored_dtypes
+    from balora_jax.training.layout import tensor_layout
 
     with explained("ADAPTER"):
         adapter = read_peft(options.adapter)
@@ -53,7 +56,9 @@ def main(arguments: list[str]) -> int:
             raise ConfigError(
                 f"MODEL: {folder} holds weights in float64; choose one of {', '.join(WRITABLE)} (--dtype)"
             )
-        model = load_decoder(folder, param_dtype=options.dtype or jnp.result_type(*stored).name)
+        layout = tensor_layout(abstract_decoder(folder), options.tensor)
+        where = layout.weight if layout else None
+        model = load_decoder(folder, param_dtype=options.dtype or jnp.result_type(*stored).name, sharding=where)
     with explained("ADAPTER"):
         load_adapters(model, adapter)
     notes = write_merged(model, folder, options.out, dtype=options.dtype, tokenizer=options.adapter)

@@ -85,12 +85,28 @@ def layout_of(
         )
     if used == 1:
         return None
-    mesh = Mesh(
-        np.array(devices[:used]).reshape(data, parallel.fsdp, parallel.tensor),
-        (DATA, FSDP, TENSOR),
-        axis_types=(AxisType.Auto,) * 3,
-    )
+    mesh = _mesh(devices[:used], data, parallel.fsdp, parallel.tensor)
     layout = Layout(mesh, members_along_data=members_along(data))
+    _check_weights(layout, decoder)
+    return layout
+
+
+def tensor_layout(decoder: Decoder, devices: int) -> "Layout | None":
+    """Returns a layout in which some devices share the weights, and rows are whole; None for one device.
+
+    Args:
+        decoder: the base, or its shapes.
+        devices: their number.
+
+    Raises:
+        ConfigError: there are not as many, or a weight cannot be cut evenly.
+    """
+    there = jax.devices()
+    if not 1 <= devices <= len(there):
+        raise ConfigError(f"--tensor must be from 1 to {len(there)}, the devices that there are, got {devices}")
+    if devices == 1:
+        return None
+    layout = Layout(_mesh(there[:devices], 1, 1, devices))
     _check_weights(layout, decoder)
     return layout
 
@@ -128,6 +144,22 @@ class Layout:
             array: or its shape and dtype.
         """
         return self._sharding(*self._spec(path.split("."), array.ndim))
+
+    def by_rows(self, function: Callable[[Any, Any, Any], Any]) -> Callable[..., Any]:
+        """Compiles a function whose work is shared among the devices by rows; every device gets all results.
+
+        Args:
+            function: `(states, base, rows) -> results`, arrays `(rows, ...)` and `(members, rows, ...)`.
+        """
+        compiled = jax.jit(function, out_shardings=self.replicated)
+
+        def of_rows(states: Any, base: Any, rows: Any) -> Any:
+            count = len(jax.tree.leaves(rows)[0])
+            whole = -(-count // self.row_shards) * self.row_shards  # repeats rows to fill the parts
+            placed = jax.tree.map(lambda x: jax.device_put(np.resize(x, (whole, *x.shape[1:])), self.rows()), rows)
+            return jax.tree.map(lambda x: x[:, :count], compiled(states, base, placed))
+
+        return of_rows
 
     def batch(self) -> NamedSharding:
         """Returns the sharding of the arrays of a batch, `(members, accumulate, rows, length)`."""
@@ -178,6 +210,10 @@ class Layout:
 
 def _names(path: tuple) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
+
+
+def _mesh(devices: Sequence[Any], *sizes: int) -> Mesh:
+    return Mesh(np.array(devices).reshape(sizes), (DATA, FSDP, TENSOR), axis_types=(AxisType.Auto,) * 3)
 
 
 def _check_weights(layout: Layout, decoder: Decoder) -> None:

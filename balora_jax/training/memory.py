@@ -56,7 +56,7 @@ def shown(number: float) -> str:
 
 def memory_limit() -> int:
     """Returns the bytes of memory of the device, or of the machine where the device does not tell."""
-    told = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    told = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if told is None and not hasattr(os, "sysconf"):  # on Windows
         return NO_MACHINE
     return told or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -30,11 +30,17 @@ def plan(
         program, settings = programs[name], programs[name].config.training
         base = jax.tree.leaves(program.member_model.bare)
         numbers, size = sum(leaf.size for leaf in base), sum(leaf.nbytes for leaf in base)
-        rows = settings.batch_size * settings.accumulate
+        rows, layout = settings.batch_size * settings.accumulate, program.layout
+        axes = layout.mesh.shape.items() if layout else ()
+        mesh = f"; mesh of {', '.join(f'{axis} {size}' for axis, size in axes)}" if layout else ""
         lines.append(
             f"{name}: {_some(len(members), 'run')} of {_some(settings.steps, 'step')} of {_some(rows, 'row')}; "
             f"{program.trained_parameters:,} trained parameters each, {program.trained_parameters / numbers:.2%} of "
-            f"{program.config.model.path} ({numbers:,}, {shown(size)})"
+            f"{program.config.model.path} ({numbers:,}, {shown(size)}){mesh}"
+        )
+    if jax.process_count() > 1:
+        lines.append(
+            f"{jax.process_count()} processes: when one ends, all end within some minutes, and the same command goes on"
         )
     return lines
 

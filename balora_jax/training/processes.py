@@ -27,10 +27,15 @@ def connect(settings: ParallelSettings) -> None:
     Raises:
         ConfigError: the settings are not all there, or the others are not found.
     """
-    given = {name: getattr(settings, name) for name in ("coordinator", "processes", "process")}
+    given: dict[str, Any] = {name: getattr(settings, name) for name in ("coordinator", "processes", "process")}
     if any(value is not None for value in given.values()):
         if missing := [name for name, value in given.items() if value is None]:
             raise ConfigError(f"parallel.{missing[0]} must be given beside the others of {', '.join(given)}")
+        if not 0 <= given["process"] < given["processes"]:
+            most = given["processes"] - 1
+            raise ConfigError(f"parallel.process must be from 0 to {most}, got {given['process']}")
+        if not given["coordinator"].rpartition(":")[2].isdecimal() or ":" not in given["coordinator"]:
+            raise ConfigError(f"parallel.coordinator must be host:port, got {given['coordinator']!r}")
     elif not _is_one_of_several():
         return
     try:

@@ -86,11 +86,14 @@ class Program:
         count, rows = self.gradient_batches
         shapes = abstract_batch(count, rows, self.config.data.length)
         batches = {member.seed: shapes for member in members} if count else None
-        return jax.eval_shape(
+        state = jax.eval_shape(
             lambda bare, batches: self._initial_state(bare, stacked_numbers(members), members, batches),
             self.member_model.bare,
             batches,
         )
+        if self.layout is None:
+            return state
+        return jax.tree.map(lambda leaf, where: leaf.update(sharding=where), state, self.layout.state(state))
 
     def after_evaluation(self, state: TrainState, losses: Any) -> TrainState:
         """Returns the state of a population after its evaluation.
@@ -135,18 +138,7 @@ class Program:
         Args:
             function: `(states, base, rows) -> results`, arrays `(rows, ...)` and `(members, rows, ...)`.
         """
-        layout = self.layout
-        if layout is None:
-            return jax.jit(function)
-        compiled = jax.jit(function, out_shardings=layout.replicated)
-
-        def of_rows(states: TrainState, base: nnx.State, rows: Any) -> Any:
-            count = len(jax.tree.leaves(rows)[0])
-            whole = -(-count // layout.row_shards) * layout.row_shards  # repeats rows to fill the parts
-            placed = jax.tree.map(lambda x: jax.device_put(np.resize(x, (whole, *x.shape[1:])), layout.rows()), rows)
-            return jax.tree.map(lambda x: x[:, :count], compiled(states, base, placed))
-
-        return of_rows
+        return jax.jit(function) if self.layout is None else self.layout.by_rows(function)
 
     def over_members(self, function: Callable, *arguments: Any) -> Any:
         """Applies a function to every member, `training.members_at_once` at a time.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from balora_jax.models import Decoder
+from balora_jax.training.layout import Layout
 from balora_jax.training.state import TrainState
 from balora_jax.training.step import Batch, token_losses
 
@@ -26,11 +27,13 @@ class Single:
         base: the parameters, of adapters too.
     """
 
-    def __init__(self, model: Decoder):
-        """Takes a model with or without adapters."""
+    def __init__(self, model: Decoder, layout: Layout | None = None):
+        """Takes a model with or without adapters, and where its arrays lie, if that is on several devices."""
         model.eval()
+        model.sharding = layout.rows() if layout else None
         self._graph, self.base = nnx.split(model)
-        self.evaluate = jax.jit(self._evaluate)
+        self._layout = layout
+        self.evaluate = self.by_rows(self._evaluate)
 
     def member_model(self, state: TrainState, base: nnx.State) -> Decoder:
         """Returns the model."""
@@ -38,7 +41,7 @@ class Single:
 
     def by_rows(self, function: Callable[[TrainState, nnx.State, Any], Any]) -> Callable[..., Any]:
         """Compiles a function of rows."""
-        return jax.jit(function)
+        return jax.jit(function) if self._layout is None else self._layout.by_rows(function)
 
     def over_members(self, function: Callable, *arguments: Any) -> Any:
         """Applies a function to the one member."""

@@ -14,6 +14,7 @@ from balora_jax.settings import Config
 from balora_jax.training.checkpoints import Checkpoints
 from balora_jax.training.checks import check_types
 from balora_jax.training.fields import from_json
+from balora_jax.training.layout import tensor_layout
 from balora_jax.training.loading import load_model, load_shapes
 from balora_jax.training.populations import sort_into_populations
 from balora_jax.training.program import Program
@@ -38,13 +39,14 @@ class Trained(NamedTuple):
     diverged_at: int
 
 
-def load_trained(run: Path, member: str | None = None, *, weights: bool = True) -> Trained:
+def load_trained(run: Path, member: str | None = None, *, weights: bool = True, tensor: int = 1) -> Trained:
     """Reads a member of a run from its latest checkpoint.
 
     Args:
         run: a run directory.
         member: its name; default the only one, or the only one of the best cells of the table.
         weights: whether those of the base are read. Otherwise the model has shapes in their place, and its adapters.
+        tensor: devices that share the weights.
 
     Raises:
         ConfigError: this is no run directory, there is no such member, or it is not clear which is meant.
@@ -66,7 +68,7 @@ def load_trained(run: Path, member: str | None = None, *, weights: bool = True) 
         step = checkpoints.latest_step()
         if step is None:
             raise RunError(f"{run} has no checkpoint of {name}; let the run go on first")
-        program = _program(together, weights=weights)
+        program = _program(together, weights=weights, tensor=tensor)
         states = checkpoints.restore(step, program.abstract_state(list(together.values())))
     finally:
         checkpoints.close()
@@ -78,12 +80,14 @@ def load_trained(run: Path, member: str | None = None, *, weights: bool = True) 
     return Trained(name, members[name], model, step, int(state.diverged_at))
 
 
-def _program(members: Mapping[str, Config], *, weights: bool) -> Program:
+def _program(members: Mapping[str, Config], *, weights: bool, tensor: int) -> Program:
     """The program of a population; without weights no more than the config.json of the base is read."""
     config = next(iter(members.values()))
-    if weights:
-        return Program(config, load_model(config.model))
-    return Program(config, load_shapes(config.model))
+    shapes = load_shapes(config.model)
+    layout = tensor_layout(shapes, tensor)
+    if not weights:
+        return Program(config, shapes)
+    return Program(config, load_model(config.model, layout.mesh if layout else None), layout)
 
 
 def read_members(run: Path) -> dict[str, Config]:
