@@ -14,6 +14,7 @@ from balora_jax.settings import (
     EvaluationSettings,
     ModelSettings,
     OptimizerSettings,
+    ParallelSettings,
     TrainingSettings,
 )
 from balora_jax.training.config import load_config
@@ -30,6 +31,7 @@ __all__ = [
     "EvaluationSettings",
     "ModelSettings",
     "OptimizerSettings",
+    "ParallelSettings",
     "RunError",
     "TrainingSettings",
     "load_config",

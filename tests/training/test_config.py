@@ -243,7 +243,7 @@ def test_wrong_command_lines_give_one_line_and_exit_code_2(case, config, tmp_pat
     imports = (
         "from balora_jax.data.recipes import DataSettings\n"
         "from balora_jax.optimizers import OptimizerSettings\n"
-        "from balora_jax.training import BalanceSettings\n"
+        "from balora_jax.training import BalanceSettings, ParallelSettings\n"
     )
     file = write(tmp_path, f"{HEAD}{imports}config = {config!r}\n")
     arguments = [a.format(file=file, folder=tmp_path) for a in arguments]
