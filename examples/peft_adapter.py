@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from balora_jax import balance_pairs, read_pairs, write_pairs
-from balora_jax.adapters import LowRank, read_peft, write_peft
+from balora_jax.adapters import PeftModule, read_peft, write_peft
 from balora_jax.adapters.diagnosis import diagnose_adapter
 from balora_jax.adapters.peft import from_modules
 
@@ -23,7 +23,7 @@ def made(folder: Path) -> Path:
 
     def low_rank(rows, columns, rank=8):
         a, b = rng.standard_normal((rows, rank)), 0.05 * rng.standard_normal((rank, columns))
-        return LowRank((a / rows**0.5).astype(np.float32), b.astype(np.float32), scale=2.0)
+        return PeftModule((a / rows**0.5).astype(np.float32), b.astype(np.float32), scale=2.0)
 
     modules = {
         f"model.layers.{i}.mlp.{name}": low_rank(*shape)

@@ -15,7 +15,7 @@ from balora_jax.adapters.model import (
     remove_adapters,
     unmerge_adapters,
 )
-from balora_jax.adapters.peft import LowRank, PeftAdapter
+from balora_jax.adapters.peft import PeftAdapter, PeftModule
 from balora_jax.adapters.peft_files import read_peft, write_peft
 from balora_jax.adapters.peft_model import export_adapters, load_adapters
 
@@ -34,9 +34,9 @@ __all__ = [
     "FullLinear",
     "Initialisation",
     "LoRALinear",
-    "LowRank",
     "MergeError",
     "PeftAdapter",
+    "PeftModule",
     "adapter_scale",
     "add_adapters",
     "export_adapters",

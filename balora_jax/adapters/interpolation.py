@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from balora_jax import bures
-from balora_jax.adapters.peft import LowRank, PeftAdapter, tensor_name
+from balora_jax.adapters.peft import PeftAdapter, PeftModule, tensor_name
 from balora_jax.balance import balance_pair
 from balora_jax.bures.matrix_functions import truncated
 
@@ -66,7 +66,7 @@ def interpolate_adapters(
     return replace(first, tensors=tensors)
 
 
-def _check_alike(first: dict[str, LowRank], second: dict[str, LowRank]) -> None:
+def _check_alike(first: dict[str, PeftModule], second: dict[str, PeftModule]) -> None:
     """Raises a `ValueError` unless adapters have the same modules, and plain pairs of the same shapes."""
     if missing := sorted(first.keys() ^ second.keys()):
         raise ValueError(f"both adapters must have the same modules, but only one has {missing[0]}")
@@ -82,7 +82,7 @@ def _check_alike(first: dict[str, LowRank], second: dict[str, LowRank]) -> None:
                 raise ValueError(f"{name}: the scale must not be 0: the update is 0 then")
 
 
-def _stacked(adapters: list[LowRank]) -> tuple[np.ndarray, np.ndarray]:
+def _stacked(adapters: list[PeftModule]) -> tuple[np.ndarray, np.ndarray]:
     """The factors of updates, with half of the scale in each."""
     roots = np.array([abs(adapter.scale) ** 0.5 for adapter in adapters])[:, None, None]
     signs = np.sign([adapter.scale for adapter in adapters])[:, None, None]

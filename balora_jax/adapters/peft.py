@@ -59,7 +59,7 @@ _NO_PAIRS = {
 """Fields under which the tensors are not pairs whose product is the update."""
 
 
-class LowRank(NamedTuple):
+class PeftModule(NamedTuple):
     """The adapter of one module: `W + scale lora_a lora_b`, and with a magnitude DoRA's.
 
     Attributes:
@@ -106,7 +106,7 @@ class PeftAdapter:
         stacks = _checked(self.config, "layers_pattern", "a name or a list of names", _is_one_or_many(str))
         _check_expressions("layers_pattern", () if stacks is None else _many(stacks))
 
-    def modules(self) -> dict[str, LowRank]:
+    def modules(self) -> dict[str, PeftModule]:
         """Returns the adapter of each module, by its name in the base model.
 
         Raises:
@@ -206,7 +206,7 @@ class PeftAdapter:
                 asked.add(module)
         return asked
 
-    def _low_rank(self, module: str, parts: dict[str, np.ndarray]) -> LowRank:
+    def _low_rank(self, module: str, parts: dict[str, np.ndarray]) -> PeftModule:
         magnitude = bool(self.config.get("use_dora"))
         for part in PARTS[: 3 if magnitude else 2]:
             if part not in parts:
@@ -229,7 +229,7 @@ class PeftAdapter:
                 raise ValueError(
                     f"{TENSOR_FILE}: the tensor {tensor_name(module, part)} must be finite, got a NaN or an infinity"
                 )
-        return LowRank(parts[PARTS[0]].T, parts[PARTS[1]].T, self.scale(module), parts.get(PARTS[2]))
+        return PeftModule(parts[PARTS[0]].T, parts[PARTS[1]].T, self.scale(module), parts.get(PARTS[2]))
 
     def _number(self, name: str, pattern: str, module: str) -> Any:
         """A field's value for a module: that of the first key of its pattern that matches the module's name."""
@@ -256,7 +256,7 @@ def tensor_name(module: str, part: str) -> str:
 
 
 def from_modules(
-    modules: Mapping[str, LowRank], *, scaling: Scaling = "lora", base: str | None = None, dropout: float = 0.0
+    modules: Mapping[str, PeftModule], *, scaling: Scaling = "lora", base: str | None = None, dropout: float = 0.0
 ) -> PeftAdapter:
     """Returns adapters in PEFT's form; `PeftAdapter.modules` is the inverse.
 

@@ -12,7 +12,7 @@ from balora_jax.adapters.adalora import AdaLoRALinear
 from balora_jax.adapters.dora import DoRALinear
 from balora_jax.adapters.lora import LoRALinear, Scaling
 from balora_jax.adapters.model import add_adapters, iter_adapters
-from balora_jax.adapters.peft import CONFIG_FILE, PARTS, TENSOR_FILE, LowRank, PeftAdapter, from_modules, tensor_name
+from balora_jax.adapters.peft import CONFIG_FILE, PARTS, TENSOR_FILE, PeftAdapter, PeftModule, from_modules, tensor_name
 from balora_jax.casting import check_cast, largest, too_large
 from balora_jax.models import Decoder
 
@@ -37,7 +37,7 @@ def export_adapters(model: Decoder, *, scaling: Scaling = "lora", base: str | No
     Raises:
         ValueError: the model has no adapters, or one that is no low-rank pair.
     """
-    modules: dict[str, LowRank] = {}
+    modules: dict[str, PeftModule] = {}
     dropout = 0.0
     for path, adapter in iter_adapters(model):
         if not isinstance(adapter, LoRALinear) or type(adapter) not in _LOW_RANK:
@@ -82,7 +82,7 @@ def load_adapters(model: Decoder, adapter: PeftAdapter) -> tuple[str, ...]:
     _check_fit(adapter, modules, places)
     _check_numbers(modules)
     _check_base(adapter, model)
-    by_path: dict[str, dict[int | None, LowRank]] = {}
+    by_path: dict[str, dict[int | None, PeftModule]] = {}
     for name, low_rank in modules.items():
         by_path.setdefault(places[name].path, {})[places[name].layer] = low_rank
     layer = DoRALinear if adapter.config.get("use_dora") else LoRALinear
@@ -130,13 +130,13 @@ def _arrays(adapter: LoRALinear) -> dict[str, jax.Array]:
 
 def _low_rank(
     lora_a: np.ndarray, lora_b: np.ndarray, scale: np.ndarray, magnitude: np.ndarray | None = None
-) -> LowRank:
+) -> PeftModule:
     alive = np.flatnonzero(lora_a.any(0) | lora_b.any(1))
     alive = alive if alive.size else np.zeros(1, int)  # a module has at least rank 1
-    return LowRank(lora_a[:, alive], lora_b[alive], float(scale), magnitude)
+    return PeftModule(lora_a[:, alive], lora_b[alive], float(scale), magnitude)
 
 
-def _check_fit(adapter: PeftAdapter, modules: dict[str, LowRank], places: dict[str, _Place]) -> None:
+def _check_fit(adapter: PeftAdapter, modules: dict[str, PeftModule], places: dict[str, _Place]) -> None:
     """Raises if adapter and model differ in their modules or in the sides of a weight."""
     for name, low_rank in modules.items():
         if name not in places:
@@ -169,7 +169,7 @@ def _check_fit(adapter: PeftAdapter, modules: dict[str, LowRank], places: dict[s
         )
 
 
-def _check_numbers(modules: dict[str, LowRank]) -> None:
+def _check_numbers(modules: dict[str, PeftModule]) -> None:
     """Raises if float32, in which adapters are kept, cannot hold a number of them."""
     for name, low_rank in modules.items():
         if abs(low_rank.scale) > largest("float32"):
@@ -197,7 +197,7 @@ def _check_base(adapter: PeftAdapter, model: Decoder) -> None:
             raise ValueError(f"the tensor {key} must be the model's own {name}, but it differs: not implemented")
 
 
-def _fill(wrapped: LoRALinear, low_ranks: dict[int | None, LowRank]) -> None:
+def _fill(wrapped: LoRALinear, low_ranks: dict[int | None, PeftModule]) -> None:
     """Sets the values of a fresh adapter of rank 1; layers that are not given stay without effect."""
     rank = max(low_rank.lora_a.shape[1] for low_rank in low_ranks.values())
     *leading, rows, _ = wrapped.lora_a.shape

@@ -18,8 +18,8 @@ from balora_jax.adapters import (
     DoRALinear,
     FullLinear,
     LoRALinear,
-    LowRank,
     PeftAdapter,
+    PeftModule,
     add_adapters,
     export_adapters,
     iter_adapters,
@@ -127,7 +127,7 @@ def test_factors_that_are_not_finite_are_not_written(tmp_path):
 def test_ranks_and_scales_that_differ_between_stacked_layers_are_exact():
     rng = np.random.default_rng(0)
     modules = {
-        f"model.layers.{layer}.mlp.up_proj": LowRank(
+        f"model.layers.{layer}.mlp.up_proj": PeftModule(
             rng.standard_normal((16, rank)).astype(np.float32),
             rng.standard_normal((rank, 24)).astype(np.float32),
             scale,
@@ -348,8 +348,8 @@ def test_models_that_do_not_suit_are_refused():
         with pytest.raises(ValueError, match=f"layers.mlp.down_proj: {layer.__name__} has no form in PEFT; merge it"):
             export_adapters(adapted(targets=["down_proj"], layer=layer))
     mixed = {
-        "a": LowRank(np.ones((2, 1)), np.ones((1, 2)), 1.0, np.ones(2)),
-        "b": LowRank(np.ones((2, 1)), np.ones((1, 2)), 1.0),
+        "a": PeftModule(np.ones((2, 1)), np.ones((1, 2)), 1.0, np.ones(2)),
+        "b": PeftModule(np.ones((2, 1)), np.ones((1, 2)), 1.0),
     }
     with pytest.raises(ValueError, match="b has no magnitude"):
         from_modules(mixed)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from balora_jax import bures
-from balora_jax.adapters import LowRank, interpolate_adapters, read_peft, write_peft
+from balora_jax.adapters import PeftModule, interpolate_adapters, read_peft, write_peft
 from balora_jax.adapters.peft import from_modules
 from balora_jax.bures import Point, Tangent
 from balora_jax.cli import main
@@ -53,7 +53,7 @@ def adapters(scale=2.0):
         for name, shape in (("h.0.up", (6, 8)), ("h.1.up", (6, 8)), ("h.0.down", (8, 6))):
             base = np.random.default_rng(len(modules))
             a, b = (base.standard_normal(s) + 0.5 * rng.standard_normal(s) for s in ((shape[0], 1), (1, shape[1])))
-            modules[name] = LowRank((a * factor).astype("float32"), (size * b / factor).astype("float32"), scale)
+            modules[name] = PeftModule((a * factor).astype("float32"), (size * b / factor).astype("float32"), scale)
         found.append(from_modules(modules))
         scale = 4.0
     return found
@@ -130,9 +130,9 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"must have the same modules, but only one has h\.2"):
         merge(other("h.2", modules["h.0.up"]))
     with pytest.raises(ValueError, match=r"h\.1\.up: the factors must have the same shapes in both"):
-        merge(other("h.1.up", LowRank(np.ones((6, 2), "float32"), np.ones((2, 8), "float32"), scale)))
+        merge(other("h.1.up", PeftModule(np.ones((6, 2), "float32"), np.ones((2, 8), "float32"), scale)))
     with pytest.raises(ValueError, match=r"h\.1\.up: the update lacks rank"):
-        merge(other("h.1.up", LowRank(a, 0 * b, scale)))
+        merge(other("h.1.up", PeftModule(a, 0 * b, scale)))
     with pytest.raises(ValueError, match=r"weight must be from 0 to 1, got 1\.5"):
         merge(second, weight=1.5)
     write_peft(first, tmp_path / "first")

@@ -14,7 +14,7 @@ from flax import nnx
 from processes import run_alone
 from safetensors.numpy import load_file, save_file
 
-from balora_jax.adapters import LowRank, load_adapters, read_peft, write_peft
+from balora_jax.adapters import PeftModule, load_adapters, read_peft, write_peft
 from balora_jax.adapters.peft import from_modules
 from balora_jax.cli import _COMMANDS, main
 from balora_jax.commands import generated
@@ -94,13 +94,13 @@ def test_balance_keeps_products_and_everything_else(adapter, tmp_path, capsys):
 def test_balance_of_dtypes_and_of_pairs_that_lack_rank(tmp_path, capsys):
     rng = np.random.default_rng(0)
     modules = {
-        f"h.{n}.x": LowRank(rng.standard_normal((9, 2)).astype(dtype), rng.standard_normal((2, 7)).astype(dtype), 1.0)
+        f"h.{n}.x": PeftModule(rng.standard_normal((9, 2)).astype(dtype), rng.standard_normal((2, 7)).astype(dtype), 1.0)
         for n, dtype in enumerate(("float64", "float32", "float16"))
     }
-    modules["h.10.x"] = LowRank(np.ones((9, 2), np.float32), np.zeros((2, 7), np.float32), 1.0)
+    modules["h.10.x"] = PeftModule(np.ones((9, 2), np.float32), np.zeros((2, 7), np.float32), 1.0)
     for name, size in (("huge", 6e4), ("tiny", 1e-7)):
         factors = (size * rng.choice((-1, 1), shape) for shape in ((9, 2), (2, 7)))
-        modules[name] = LowRank(*(factor.astype("float16") for factor in factors), 1.0)
+        modules[name] = PeftModule(*(factor.astype("float16") for factor in factors), 1.0)
     write_peft(from_modules(modules), tmp_path / "in")
     call("balance", tmp_path / "in", tmp_path / "out")
     said = capsys.readouterr().out
@@ -116,7 +116,7 @@ def test_balance_of_dtypes_and_of_pairs_that_lack_rank(tmp_path, capsys):
 
 def test_inspect_shows_every_pair_in_order(tmp_path, capsys):
     a, b = np.array([[3.0, 0], [0, 1], [0, 0]]), np.array([[1.0, 0, 0, 0], [0, 1, 0, 0]])
-    modules = {f"h.{n}.x": LowRank(a.astype(np.float32), b.astype(np.float32), 2.0) for n in (10, 9)}
+    modules = {f"h.{n}.x": PeftModule(a.astype(np.float32), b.astype(np.float32), 2.0) for n in (10, 9)}
     write_peft(from_modules(modules), tmp_path / "in")
     call("inspect", tmp_path / "in", "--figure", tmp_path / "figure.png")
     first, second = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  h.")]
@@ -137,7 +137,7 @@ def test_inspect_begins_with_a_summary(tmp_path, capsys):
         "zero": (a, 0 * b, "the product of 1 of them lacks rank", "^1 pair of rank 2; the worst balancing gap is 1"),
     }
     for name, (lora_a, lora_b, *expected) in pairs.items():
-        write_peft(from_modules({"h.0.x": LowRank(lora_a, lora_b, 1.0)}), tmp_path / name)
+        write_peft(from_modules({"h.0.x": PeftModule(lora_a, lora_b, 1.0)}), tmp_path / name)
         call("inspect", tmp_path / name)
         shown = capsys.readouterr().out.split("\n\n")[0]
         for line in expected:
@@ -152,7 +152,7 @@ def test_inspect_begins_with_a_summary(tmp_path, capsys):
 
 @pytest.mark.parametrize(("given", "written"), [("plain", "plain.png"), ("dot.", "dot.png"), ("x.pdf", "x.pdf")])
 def test_inspect_reports_the_figure_that_it_wrote(given, written, tmp_path, capsys):
-    modules = {"h.0.x": LowRank(np.eye(3, 2, dtype=np.float32), np.eye(2, 4, dtype=np.float32), 1.0)}
+    modules = {"h.0.x": PeftModule(np.eye(3, 2, dtype=np.float32), np.eye(2, 4, dtype=np.float32), 1.0)}
     write_peft(from_modules(modules), tmp_path / "in")
     (tmp_path / "out").mkdir()
     call("inspect", tmp_path / "in", "--figure", tmp_path / "out" / given)
@@ -161,7 +161,7 @@ def test_inspect_reports_the_figure_that_it_wrote(given, written, tmp_path, caps
 
 
 def test_inspect_says_where_products_are_not_the_updates(tmp_path, capsys):
-    modules = {"h.0.x": LowRank(np.eye(3, 2, dtype=np.float32), np.eye(2, 4, dtype=np.float32), 1.0)}
+    modules = {"h.0.x": PeftModule(np.eye(3, 2, dtype=np.float32), np.eye(2, 4, dtype=np.float32), 1.0)}
     plain = from_modules(modules)
     for field, value, note in (("use_dora", True, "DoRA: "), ("init_lora_weights", "pissa_niter_4", "pissa_niter_4: ")):
         write_peft(dataclasses.replace(plain, config={**plain.config, field: value}), tmp_path)

@@ -10,7 +10,7 @@ import pytest
 from rich.table import Table
 
 import balora_jax
-from balora_jax.adapters import LowRank, write_peft
+from balora_jax.adapters import PeftModule, write_peft
 from balora_jax.adapters.peft import from_modules
 from balora_jax.cli import main
 from balora_jax.console import PlainConsole
@@ -50,8 +50,8 @@ def nasty(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder.parent.parent)
     a, b = np.eye(5, 2, dtype=np.float32), np.eye(2, 4, dtype=np.float32)
-    modules = {f"h.{n}.{NASTY.replace('.', '')}": LowRank(a, b, 1.0) for n in range(2)}
-    write_peft(from_modules(modules | {"h.2.zero": LowRank(a, 0 * b, 1.0)}), folder)
+    modules = {f"h.{n}.{NASTY.replace('.', '')}": PeftModule(a, b, 1.0) for n in range(2)}
+    write_peft(from_modules(modules | {"h.2.zero": PeftModule(a, 0 * b, 1.0)}), folder)
     return "[/x]"
 
 
