@@ -15,6 +15,7 @@ record has one value for each seed, in order.
 from pathlib import Path
 
 import jax
+import optax
 from recording import write
 
 from balora_jax import balance
@@ -26,7 +27,6 @@ from balora_jax.training import load_config
 from balora_jax.training.fields import with_fields
 from balora_jax.training.loading import load_data
 from balora_jax.training.program import Program
-from balora_jax.training.step import token_losses
 
 CONFIG = Path(__file__).parents[2] / "configs" / "gauges.py"
 SEEDS, RATE, MEASURED, EXAMPLES, PRODUCTS = (0, 1, 2), 1e-2, (0, 75, 150), 32, 80
@@ -69,8 +69,8 @@ class Laboratory:
             return model(**{name: self.batch[name][:, :-1] for name in STACK[:3]})
 
         def loss(logits):
-            losses, mask = token_losses(lambda **_: logits, self.batch)
-            return losses.sum() / mask.sum()
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, self.batch["tokens"][:, 1:])
+            return losses.mean(where=self.batch["loss_mask"][:, 1:])
 
         adapters = member.adapters
         if kind == "gauss-newton":
