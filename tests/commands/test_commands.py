@@ -94,7 +94,7 @@ def test_balance_keeps_products_and_everything_else(adapter, tmp_path, capsys):
 def test_balance_of_dtypes_and_of_pairs_that_lack_rank(tmp_path, capsys):
     rng = np.random.default_rng(0)
     modules = {
-        f"h.{n}.x": PeftModule(rng.standard_normal((9, 2)).astype(dtype), rng.standard_normal((2, 7)).astype(dtype), 1.0)
+        f"h.{n}.x": PeftModule(*(rng.standard_normal(shape).astype(dtype) for shape in ((9, 2), (2, 7))), 1.0)
         for n, dtype in enumerate(("float64", "float32", "float16"))
     }
     modules["h.10.x"] = PeftModule(np.ones((9, 2), np.float32), np.zeros((2, 7), np.float32), 1.0)
