@@ -92,7 +92,7 @@ class Method:
 
         noted = Noted()
         own = {"adapter_scale": 1.0} if "adapter_scale" in inspect.signature(self.optimizer).parameters else {}
-        learning_rate_schedule(noted, 100)(jnp.int32(0))
+        jax.eval_shape(learning_rate_schedule(noted, 100), jax.ShapeDtypeStruct((), jnp.int32))
         self.optimizer(noted, 100, **own)
         return tuple(field.name for field in dataclasses.fields(OptimizerSettings) if field.name not in read)
 

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from importlib.metadata import version
 
+from processes import run_alone
+
 import balora_jax
 
 HEAVY = ("flax", "datasets", "transformers", "orbax", "grain", "matplotlib", "tyro")
@@ -40,6 +42,20 @@ print(len(jax.devices()))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert result.stdout == "3\n", result.stderr
+
+
+def test_checking_a_config_starts_no_backend():
+    """Processes connect with each other after that, and before a device is used."""
+    run_alone(
+        """
+        from jax._src import xla_bridge
+        from balora_jax.methods import METHODS
+        from balora_jax.settings import Config
+        from balora_jax.training.config import expand
+        expand(Config(name="x"), {"method": tuple(METHODS)})
+        assert not xla_bridge.backends_are_initialized()
+        """
+    )
 
 
 def test_public_names_exist():

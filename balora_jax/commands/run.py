@@ -6,7 +6,6 @@ from pathlib import Path
 from balora_jax.commands.arguments import Flag, read_config
 from balora_jax.console import PlainConsole
 from balora_jax.settings import Config
-from balora_jax.training.checks import check_types
 from balora_jax.training.config import Sweep, expand
 from balora_jax.training.live import check_log
 
@@ -24,11 +23,10 @@ def main(arguments: list[str]) -> int:
     log = given.get("--log")
     if log is not None:
         check_log(log)
-    check_types(config)
+    expand(config, sweep)  # tells of a wrong field before what follows is imported
     from balora_jax.training.processes import connect, together
 
     connect(config.parallel)
-    expand(config, sweep)  # tells of a wrong field before what follows is imported
     with together():
         return _run(config, sweep, given)
 

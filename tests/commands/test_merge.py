@@ -214,7 +214,7 @@ def test_export_carries_the_tokenizer_of_the_run(instructed, tmp_path, monkeypat
     base, _, instruct, model = instructed
     config = Config(name="x", model=ModelSettings(path=str(base)), data=DataSettings(tokenizer=str(instruct)))
     there = Trained("lora", config, model, 1, -1)
-    monkeypatch.setattr("balora_jax.training.trained.load_trained", lambda run, member, weights: there)
+    monkeypatch.setattr("balora_jax.training.trained.load_trained", lambda run, member, **_: there)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").touch()
     call("export", tmp_path / "run", tmp_path / "peft")

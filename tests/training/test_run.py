@@ -22,11 +22,11 @@ from balora_jax.console import PlainConsole
 from balora_jax.training import ConfigError, RunError, evaluator, run
 from balora_jax.training.config import expand
 from balora_jax.training.evaluation import Losses
+from balora_jax.training.feed import Feed
 from balora_jax.training.figures import elapsed_seconds, loss_curves
 from balora_jax.training.interruption import Interrupted
 from balora_jax.training.populations import sort_into_populations
 from balora_jax.training.records import RunDirectory
-from balora_jax.training.trainer import Trainer
 
 SWEEP = {"method": ("lora", "balora"), "optimizer.learning_rate": (1e-3, 1e-2, 1e-1), "seed": (0, 1)}
 QUIET = Console(quiet=True)
@@ -267,11 +267,11 @@ def two_seeds(config, tmp_path_factory):
 @pytest.mark.parametrize(
     ("where", "call", "signals", "message", "saved"),
     [
-        ((Trainer, "_next_batch"), 2, [signal.SIGINT], "the same command goes on from step 2 of lora", 2),
+        ((Feed, "__call__"), 2, [signal.SIGINT], "the same command goes on from step 2 of lora", 2),
         ((evaluator.Evaluator, "losses"), 2, [signal.SIGTERM], "the same command goes on from step 3 of lora", 3),
         ((evaluator.Evaluator, "losses"), 3, [signal.SIGINT], "the same command goes on from step 6 of lora", 6),
         ((evaluator.Evaluator, "losses"), 1, [signal.SIGINT], "the same command begins lora anew", None),
-        ((Trainer, "_next_batch"), 4, [signal.SIGINT] * 2, "the same command begins lora anew; 3 steps are lost", None),
+        ((Feed, "__call__"), 4, [signal.SIGINT] * 2, "the same command begins lora anew; 3 steps are lost", None),
     ],
 )
 def test_a_signal_saves_what_is_done(two_seeds, where, call, signals, message, saved, tmp_path, monkeypatch, capfd):

@@ -16,12 +16,12 @@ from balora_jax.training import ConfigError, EvaluationSettings, TrainingSetting
 from balora_jax.training.checks import check
 from balora_jax.training.config import expand
 from balora_jax.training.evaluation import evaluate_loss
+from balora_jax.training.feed import Feed
 from balora_jax.training.interruption import Interrupted
 from balora_jax.training.loading import load_data, load_evaluation
 from balora_jax.training.selection import nothing_seen, seen
 from balora_jax.training.single import Single, nothing_trained
 from balora_jax.training.trained import load_trained
-from balora_jax.training.trainer import Trainer
 
 QUIET = Console(quiet=True)
 OTHER = EvaluationSettings(
@@ -122,15 +122,15 @@ def test_a_run_stops_when_its_patience_runs_out(best, overfitting, tmp_path):
 def test_an_interrupted_run_selects_the_same(overfitting, call, tmp_path, monkeypatch):
     config = chosen(overfitting, select="best", patience=2)
     run(config, {"seed": (0, 1)}, tmp_path / "whole", QUIET)
-    calls, original = [], Trainer._next_batch
+    calls, original = [], Feed.__call__
 
-    def interrupted(trainer):
-        calls.append(trainer)
+    def interrupted(*arguments):
+        calls.append(arguments)
         if len(calls) == call:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(trainer)
+        return original(*arguments)
 
-    monkeypatch.setattr(Trainer, "_next_batch", interrupted)
+    monkeypatch.setattr(Feed, "__call__", interrupted)
     with pytest.raises(Interrupted):
         run(config, {"seed": (0, 1)}, tmp_path / "out", QUIET)
     monkeypatch.undo()
