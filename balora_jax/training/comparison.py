@@ -104,6 +104,11 @@ class Difference:
     p_value: float
 
     @property
+    def deviation(self) -> float:
+        """The standard deviation of the differences."""
+        return float(self.half_width * math.sqrt(self.n) / stats.t.ppf(0.975, self.n - 1))
+
+    @property
     def verdict(self) -> str:
         """`"better"` or `"worse"` where the interval excludes 0, else `"undecided"`."""
         if abs(self.mean) <= self.half_width:

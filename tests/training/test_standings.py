@@ -1,5 +1,7 @@
 """Standings of methods: cells, groups, and differences corrected for their number."""
 
+import re
+
 import numpy as np
 import pytest
 from recorded_runs import LOSSES, write_run
@@ -53,6 +55,7 @@ def test_differences_by_a_field_are_paired_t_tests_corrected_together(tmp_path):
     assert f"Better than lora: balora at rank 4 ({better.mean:+.4f} ± {better.half_width:.4f}); worse than" in said
     assert "not told apart from" in said
     assert "5 % in all 3 comparisons" in said
+    assert re.search(r"With this spread \d seeds show a difference of .* of the loss\) in 4 cases of 5", said)
 
 
 def test_fields_that_are_no_group_are_searched_and_edges_said(tmp_path):
