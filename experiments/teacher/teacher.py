@@ -78,18 +78,18 @@ def projected(make):
 
 
 METHODS = {
-    "AdamW: LoRA": (by("lora"), PAPER, 2e-3),
-    "AdamW: BaLoRA, paper": (by("balora"), PAPER, 2e-3),
-    "AdamW: BaLoRA": (by("balora"), BalanceSettings(), 2e-3),
-    "AdamW: RefLoRA": (by("reflora"), PAPER, 2e-3),
-    "AdamW: scaled": (by("scaled_adamw"), PAPER, 2e-3),
-    "LoRA-RITE": (by("lora_rite"), PAPER, 2e-2),
     "GD: LoRA": (descent, PAPER, 1.0),
     "GD: BaLoRA, paper": (projected(descent), PAPER, 1.0),
     "GD: BaLoRA, waiting": (projected(descent), WAITING, 1.0),
+    "AdamW: LoRA": (by("lora"), PAPER, 2e-3),
+    "AdamW: BaLoRA, paper": (by("balora"), PAPER, 2e-3),
+    "AdamW: BaLoRA": (by("balora"), BalanceSettings(), 2e-3),
     "sign: LoRA": (sign_descent, PAPER, 1e-3),
     "sign: BaLoRA, paper": (projected(sign_descent), PAPER, 1e-3),
     "sign: BaLoRA, waiting": (projected(sign_descent), WAITING, 1e-3),
+    "AdamW: RefLoRA": (by("reflora"), PAPER, 2e-3),
+    "AdamW: scaled": (by("scaled_adamw"), PAPER, 2e-3),
+    "LoRA-RITE": (by("lora_rite"), PAPER, 2e-2),
 }
 """The optimizer, how it balances, and the first rate that is tried."""
 
@@ -226,6 +226,7 @@ def cell(name):
         runs = [laboratory.run(method, rate, seed) for seed in SEEDS]
         seconds = round(time.monotonic() - start)
         results["methods"][method] = {"rate": rate, "tried": list(tried.items()), "runs": runs, "seconds": seconds}
+        results["methods"][method]["commit"] = about["commit"]
         with whole_file(file) as out:
             out.write(json.dumps({"environment": about, "results": results}, indent=1) + "\n")
         print(name, method, f"rate {rate:g}", f"median {statistics.median(run[-1] for run in runs):.3g}", flush=True)
