@@ -51,8 +51,8 @@ def _one_by_one(function):
 
     @run.def_vmap
     def _(axis_size, in_batched, stack):
-        out = run(stack.reshape(-1, *stack.shape[2:]))
-        out = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), out)
+        out = run(lax.collapse(stack, 0, 2))
+        out = jax.tree.map(lambda x: x.reshape(axis_size, stack.shape[1], *x.shape[1:]), out)
         return out, jax.tree.map(lambda _: True, out)
 
     def over_leading(matrix):

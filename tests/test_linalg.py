@@ -38,7 +38,7 @@ def unsigned(parts):
     return [np.abs(part) for part in parts]  # columns of eigenvectors and singular vectors have any sign
 
 
-@pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0, 2), (2, 0)])
 @pytest.mark.parametrize("decomposition", [(svd, np.linalg.svd), (qr, np.linalg.qr), (eigh, np.linalg.eigh)])
 def test_decompositions_over_leading_axes(decomposition, leading):
     ours, numpys = decomposition

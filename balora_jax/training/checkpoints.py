@@ -41,6 +41,8 @@ class Checkpoints:
             cleanup_tmp_directories=keep is not None,
             read_only=keep is None,
         )
+        if self._path.exists() and not self._path.is_dir():
+            raise RunError(f"the checkpoints {self._path} must be a folder, but it is a file")
         with self._explained():
             self._manager = ocp.CheckpointManager(self._path, options=options)
 

@@ -116,6 +116,12 @@ def test_a_damaged_checkpoint_is_named(damage, saved):
     checkpoints.close()
 
 
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "lora").write_text("")
+    with pytest.raises(RunError, match="lora must be a folder, but it is a file"):
+        Checkpoints(tmp_path / "lora", keep=2)
+
+
 def test_a_state_of_another_structure_is_refused(saved):
     checkpoints = Checkpoints(saved, keep=2)
     other = {name: leaf for name, leaf in state().items() if name != "float32"}
