@@ -4,9 +4,8 @@ Adding a method is adding a row (and a file for its layer or its optimizer, if i
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 
@@ -45,7 +44,7 @@ from balora_jax.optimizers import (
     scaled_adamw,
     scaled_gd,
 )
-from balora_jax.settings import BalanceSettings, OptimizerSettings
+from balora_jax.settings import BalanceSettings, OptimizerSettings, Option
 from balora_jax.transform import balora
 
 
@@ -55,9 +54,10 @@ class Method:
 
     Attributes:
         summary: what it does and where it comes from, in a line.
-        optimizer: called with the settings and the number of steps, returns the optax transformation. If it has the
-            keyword `adapter_scale` it is given s; its other keyword-only parameters are options of the method, as are
-            those of the initialisation. Options whose defaults are integers must be integers.
+        optimizer: called with the settings, the number of steps and, by their names, the method's own options; returns
+            the optax transformation.
+        options: numbers of the method's own, beside those of the initialisation.
+        scaled: whether the optimizer is given s too, as `adapter_scale`.
         layer: the layer that wraps a linear layer.
         initialisation: where the adapters start.
         scaling: how the scale follows from `alpha` and the rank.
@@ -67,6 +67,8 @@ class Method:
 
     summary: str
     optimizer: Callable[..., optax.GradientTransformation] = adamw
+    options: Mapping[str, Option] = field(default_factory=dict)
+    scaled: bool = False
     layer: type[Adapter] = LoRALinear
     initialisation: Initialisation = LORA
     scaling: Scaling = "lora"
@@ -74,11 +76,14 @@ class Method:
     phased: bool = False
 
     @property
-    def options(self) -> dict[str, float]:
-        """The numbers that are this method's own, with their defaults."""
-        parameters = inspect.signature(self.optimizer).parameters.values()
-        own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "adapter_scale"}
-        return own | dict(self.initialisation.options)
+    def all_options(self) -> dict[str, Option]:
+        """The numbers of the method's own, those of its initialisation among them."""
+        return {**self.options, **self.initialisation.options}
+
+    @property
+    def defaults(self) -> dict[str, float]:
+        """The defaults of `all_options`."""
+        return {name: option.default for name, option in self.all_options.items()}
 
     @cached_property
     def unused_settings(self) -> tuple[str, ...]:
@@ -91,9 +96,8 @@ class Method:
                 return super().__getattribute__(name)
 
         noted = Noted()
-        own = {"adapter_scale": 1.0} if "adapter_scale" in inspect.signature(self.optimizer).parameters else {}
         jax.eval_shape(learning_rate_schedule(noted, 100), jax.ShapeDtypeStruct((), jnp.int32))
-        self.optimizer(noted, 100, **own)
+        self._built(noted, 100, 1.0, self.defaults)
         return tuple(field.name for field in dataclasses.fields(OptimizerSettings) if field.name not in read)
 
     @property
@@ -122,9 +126,7 @@ class Method:
         Raises:
             ValueError: the method has no such option, or a value is out of its range.
         """
-        given = {"adapter_scale": scale, **self.resolved(options)}
-        taken = inspect.signature(self.optimizer).parameters
-        optimizer = self.optimizer(settings, steps, **{name: given[name] for name in given if name in taken})
+        optimizer = self._built(settings, steps, scale, self.resolved(options))
         return balora(optimizer, **dataclasses.asdict(balance)) if self.balanced else optimizer
 
     def resolved(self, options: Mapping[str, float]) -> dict[str, float]:
@@ -133,7 +135,7 @@ class Method:
         Raises:
             ValueError: the method has no such option, or one that must be an integer is none.
         """
-        defaults, values = self.options, {}
+        defaults, values = self.defaults, {}
         for name, value in options.items():
             if name not in defaults:
                 known = ", ".join(defaults) or "none"
@@ -145,46 +147,50 @@ class Method:
             values[name] = value
         return defaults | values
 
+    def _built(self, settings, steps, scale, options) -> optax.GradientTransformation:
+        own = {name: options[name] for name in self.options}
+        return self.optimizer(settings, steps, **own, **({"adapter_scale": scale} if self.scaled else {}))
+
 
 def _sgd(settings, steps):
     return clipped(settings, optax.sgd(learning_rate_schedule(settings, steps)))
 
 
-def _lora_plus(settings, steps, *, ratio=16.0):
+def _lora_plus(settings, steps, *, ratio):
     return lora_plus(adamw(settings, steps), ratio=ratio)
 
 
-def _lora_rite(settings, steps, *, eps=1e-6, skip=1.0, clip_norm=1.0):
+def _lora_rite(settings, steps, *, eps, skip, clip_norm):
     """Skipping, clipping and eps are the method's own."""
     rate, shared = learning_rate_schedule(settings, steps), _shared(settings)
     return lora_rite(rate, **shared, eps=eps, skip=skip, clip_norm=clip_norm)
 
 
-def _reflora(settings, steps, *, warmup_steps=100):
+def _reflora(settings, steps, *, warmup_steps):
     rate, shared = learning_rate_schedule(settings, steps), _shared(settings)
     return clipped(settings, reflora(rate, **shared, eps=settings.eps, warmup_steps=warmup_steps))
 
 
-def _reflora_s(settings, steps, *, warmup_steps=100):
+def _reflora_s(settings, steps, *, warmup_steps):
     rate, shared = learning_rate_schedule(settings, steps), _shared(settings)
     return clipped(settings, reflora_s(rate, **shared, eps=settings.eps, warmup_steps=warmup_steps))
 
 
-def _loro(settings, steps, *, eps=1e-6, period=100):
+def _loro(settings, steps, *, eps, period):
     rate, shared = learning_rate_schedule(settings, steps), _shared(settings)
     return clipped(settings, loro(rate, **shared, eps=eps, period=period))
 
 
-def _scaled_gd(settings, steps, *, damping=1e-6):
+def _scaled_gd(settings, steps, *, damping):
     return clipped(settings, scaled_gd(learning_rate_schedule(settings, steps), damping=damping))
 
 
-def _scaled_adamw(settings, steps, *, eps=1e-6, damping=1e-6):
+def _scaled_adamw(settings, steps, *, eps, damping):
     rate, shared = learning_rate_schedule(settings, steps), _shared(settings)
     return clipped(settings, scaled_adamw(rate, **shared, eps=eps, damping=damping))
 
 
-def _lora_pro(settings, steps, *, adapter_scale, damping=1e-8):
+def _lora_pro(settings, steps, *, adapter_scale, damping):
     rate, shared = learning_rate_schedule(settings, steps), _shared(settings)
     return clipped(settings, lora_pro(rate, **shared, eps=settings.eps, scale=adapter_scale, damping=damping))
 
@@ -193,15 +199,19 @@ def _adalora(
     settings,
     steps,
     *,
-    target_share=0.5,
-    initial_share=0.1,
-    final_share=0.5,
-    interval=10,
-    b1=0.85,
-    b2=0.85,
-    regularisation=0.5,
+    target_share,
+    initial_share,
+    final_share,
+    interval,
+    b1,
+    b2,
+    regularisation,
 ):
     """The phases are shares of the run, near those of the authors' runs on GLUE."""
+    if not initial_share + final_share < 1:
+        raise ValueError(
+            f"initial_share and final_share must be below 1 together, got {initial_share} and {final_share}"
+        )
     return adalora(
         adamw(settings, steps),
         total_steps=steps,
@@ -215,7 +225,7 @@ def _adalora(
     )
 
 
-def _galore(settings, steps, *, rank=128, update_interval=200, scale=0.25, eps=1e-6):
+def _galore(settings, steps, *, rank, update_interval, scale, eps):
     rate, own = learning_rate_schedule(settings, steps), {"rank": rank, "update_interval": update_interval}
     return clipped(settings, galore(rate, **_shared(settings), **own, scale=scale, eps=eps))
 
@@ -224,35 +234,91 @@ def _shared(settings):
     return {"b1": settings.b1, "b2": settings.b2, "weight_decay": settings.weight_decay}
 
 
+_RATIO = {"ratio": Option(16.0, "learning rate of B over that of A")}
+_WARMUP = {"warmup_steps": Option(100, "first updates with plain gradients")}
+_DAMPING = "added to the diagonals of Gram matrices"
+_EPS = Option(1e-6, "added to the root of the second moment")
+
 METHODS = MappingProxyType(
     {
         "full": Method("the targeted weights themselves, by AdamW", layer=FullLinear),
-        "galore": Method("full, moments of low rank (arXiv 2403.03507)", layer=FullLinear, optimizer=_galore),
+        "galore": Method(
+            "full, moments of low rank (arXiv 2403.03507)",
+            layer=FullLinear,
+            optimizer=_galore,
+            options={
+                "rank": Option(128, "rank of the gradient's projection"),
+                "update_interval": Option(200, "steps between new projections"),
+                "scale": Option(0.25, "factor of the update"),
+                "eps": _EPS,
+            },
+        ),
         "lora": Method("low-rank update of frozen weights (arXiv 2106.09685)"),
         "rslora": Method("LoRA with scale alpha / sqrt(rank) (arXiv 2312.03732)", scaling="rslora"),
-        "lora_plus": Method("B learns faster than A (arXiv 2402.12354)", optimizer=_lora_plus),
+        "lora_plus": Method("B learns faster than A (arXiv 2402.12354)", optimizer=_lora_plus, options=_RATIO),
         "dora": Method("direction by LoRA, magnitude trained by itself (arXiv 2402.09353)", layer=DoRALinear),
         "olora": Method("LoRA from a QR decomposition of the weight (arXiv 2406.01775)", initialisation=OLORA),
         "pissa": Method("LoRA from the leading singular triplets of a weight (arXiv 2404.02948)", initialisation=PISSA),
         "lora_ga": Method("LoRA along the gradient of the weights (arXiv 2407.05000)", initialisation=LORA_GA),
-        "lora_rite": Method("adaptive steps that do not see the gauge (arXiv 2410.20625)", optimizer=_lora_rite),
-        "reflora": Method("AdamW of gradients as from the balanced pair (arXiv 2505.18877)", optimizer=_reflora),
-        "reflora_s": Method("AdamW, both factors of one norm (arXiv 2505.18877)", optimizer=_reflora_s),
-        "loro": Method("Adam with exact Riemannian steps (ICLR 2025)", optimizer=_loro, initialisation=XAVIER),
-        "scaled_gd": Method("gradients scaled by Gram matrices (arXiv 2005.08898)", optimizer=_scaled_gd),
-        "scaled_adamw": Method("AdamW of scaled gradients (arXiv 2402.02347)", optimizer=_scaled_adamw),
-        "lora_pro": Method("AdamW of the projected full gradient (arXiv 2407.18242)", optimizer=_lora_pro),
+        "lora_rite": Method(
+            "adaptive steps that do not see the gauge (arXiv 2410.20625)",
+            optimizer=_lora_rite,
+            options={
+                "eps": _EPS,
+                "skip": Option(1.0, "gradients of a larger root mean square are left out"),
+                "clip_norm": Option(1.0, "most that the norm of all pairs' gradients may be"),
+            },
+        ),
+        "reflora": Method(
+            "AdamW of gradients as from the balanced pair (arXiv 2505.18877)", optimizer=_reflora, options=_WARMUP
+        ),
+        "reflora_s": Method(
+            "AdamW, both factors of one norm (arXiv 2505.18877)",
+            optimizer=_reflora_s,
+            options={"warmup_steps": Option(100, "the update that the first rescaling follows")},
+        ),
+        "loro": Method(
+            "Adam with exact Riemannian steps (ICLR 2025)",
+            optimizer=_loro,
+            initialisation=XAVIER,
+            options={"eps": _EPS, "period": Option(100, "steps between refactorisations")},
+        ),
+        "scaled_gd": Method(
+            "gradients scaled by Gram matrices (arXiv 2005.08898)",
+            optimizer=_scaled_gd,
+            options={"damping": Option(1e-6, _DAMPING)},
+        ),
+        "scaled_adamw": Method(
+            "AdamW of scaled gradients (arXiv 2402.02347)",
+            optimizer=_scaled_adamw,
+            options={"eps": _EPS, "damping": Option(1e-6, _DAMPING)},
+        ),
+        "lora_pro": Method(
+            "AdamW of the projected full gradient (arXiv 2407.18242)",
+            optimizer=_lora_pro,
+            options={"damping": Option(1e-8, _DAMPING)},
+            scaled=True,
+        ),
         "adalora": Method(
             "LoRA whose ranks share a shrinking budget (arXiv 2303.10512)",
             layer=AdaLoRALinear,
             initialisation=ADALORA,
             optimizer=_adalora,
             phased=True,
+            options={
+                "target_share": Option(0.5, "share of the ranks that are left at the end"),
+                "initial_share": Option(0.1, "share of the steps before the budget shrinks"),
+                "final_share": Option(0.5, "share of the steps after it has shrunk"),
+                "interval": Option(10, "steps between budgets"),
+                "b1": Option(0.85, "decay of the importance"),
+                "b2": Option(0.85, "decay of its uncertainty"),
+                "regularisation": Option(0.5, "weight of the penalty on factors that are not orthogonal"),
+            },
         ),
         "balora": Method("LoRA balanced after every step (arXiv 2605.31484)", balanced=True),
         "balora_ga": Method("BaLoRA from LoRA-GA's start (arXiv 2605.31484)", initialisation=LORA_GA, balanced=True),
         "balora_gd": Method("gradient descent, balanced: Riemannian (arXiv 2605.31484)", optimizer=_sgd, balanced=True),
-        "balora_plus": Method("LoRA+, balanced", optimizer=_lora_plus, balanced=True),
+        "balora_plus": Method("LoRA+, balanced", optimizer=_lora_plus, options=_RATIO, balanced=True),
         "balora_rslora": Method("rsLoRA, balanced", scaling="rslora", balanced=True),
         "balora_dora": Method("DoRA, balanced, which does not change its output", layer=DoRALinear, balanced=True),
         "balora_olora": Method("balanced from OLoRA's start", initialisation=OLORA, balanced=True),

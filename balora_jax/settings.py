@@ -5,7 +5,7 @@ So the command line tells of a wrong flag before JAX is there. What a setting do
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Gauge = Literal["svd", "raw_svd", "nearest", "symmetric"]
 METHOD_NAMES = (
@@ -14,6 +14,19 @@ METHOD_NAMES = (
     *("balora_plus", "balora_rslora", "balora_dora", "balora_olora", "balora_pissa"),
 )
 """The names in `balora_jax.methods.METHODS`, in its order."""
+
+
+class Option(NamedTuple):
+    """A number of a method's own.
+
+    Attributes:
+        default: an integer where the number must be one.
+        meaning: what it does, in a line.
+    """
+
+    default: float
+    meaning: str
+
 
 Schedule = Literal["constant", "linear", "cosine"]
 

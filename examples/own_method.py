@@ -15,17 +15,19 @@ from balora_jax import balancing_gap, check_projection, find_pairs, read_pairs
 from balora_jax.adapters import add_adapters, iter_adapters
 from balora_jax.methods import BalanceSettings, Method
 from balora_jax.optimizers import OptimizerSettings, clipped, learning_rate_schedule
+from balora_jax.settings import Option
 
 
-def signed_momentum(settings, steps, *, momentum=0.9):
-    """Steps of one size along the sign of the momentum. Keyword arguments become the method's own options."""
+def signed_momentum(settings, steps, *, momentum):
+    """Steps of one size along the sign of the momentum; the method's own options come by their names."""
     rate = learning_rate_schedule(settings, steps)
     return clipped(
         settings, optax.chain(optax.trace(momentum), optax.scale_by_sign(), optax.scale_by_learning_rate(rate))
     )
 
 
-SIGNED = Method("steps along the sign of the momentum", optimizer=signed_momentum)
+OPTIONS = {"momentum": Option(0.9, "decay of the momentum")}
+SIGNED = Method("steps along the sign of the momentum", optimizer=signed_momentum, options=OPTIONS)
 METHODS = {"signed": SIGNED, "balora_signed": replace(SIGNED, summary="signed, balanced", balanced=True)}
 
 
@@ -74,5 +76,5 @@ def train(method, x, y, steps=200):
 x = jax.random.normal(jax.random.key(0), (128, 8))
 outcomes = {name: train(method, x, Network(nnx.Rngs(5))(x)) for name, method in METHODS.items()}
 for name, (loss, gap, _) in outcomes.items():
-    print(f"{name:14} loss {loss:.4f}, worst gap {gap:.0e}; own options {METHODS[name].options}")
+    print(f"{name:14} loss {loss:.4f}, worst gap {gap:.0e}; own options {METHODS[name].defaults}")
 check_projection(outcomes["balora_signed"][2])

@@ -141,4 +141,4 @@ def test_the_page_of_methods_has_every_method_and_option():
         for row in options.splitlines()
         for name in re.findall(r"`(\w+)`", row.split("|")[1] if row.startswith("| `") else "")
     }
-    assert said == {name: method.options for name, method in METHODS.items() if method.options}
+    assert said == {name: method.defaults for name, method in METHODS.items() if method.all_options}

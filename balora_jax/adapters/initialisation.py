@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from balora_jax.linalg import matmul, qr, svd
+from balora_jax.settings import Option
 
 Factors = tuple[jax.Array, jax.Array]
 
@@ -29,12 +30,12 @@ class Initialisation:
         factors: `(key, weight, rank, scale) -> (lora_a, lora_b)`, arrays `(..., in, out)` to `(..., in, r)` and
             `(..., r, out)`, float32. The weight may be stacked; `scale` is s, which may be traced.
         offset: whether the product is not zero and is taken out of the base.
-        options: numbers of its own, with their defaults.
+        options: numbers of its own.
     """
 
     factors: Callable[[jax.Array, jax.Array, int, jax.typing.ArrayLike], Factors]
     offset: bool = True
-    options: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, Option] = field(default_factory=dict)
 
 
 def uniform_and_zero(key: jax.Array, weight: jax.Array, rank: int, scale: jax.typing.ArrayLike) -> Factors:

@@ -13,6 +13,7 @@ from balora_jax.adapters.lora import LoRALinear
 from balora_jax.adapters.model import add_adapters, iter_adapters
 from balora_jax.linalg import qr, svd
 from balora_jax.pairs import find_pairs, read_pairs, write_pairs
+from balora_jax.settings import Option
 
 
 class Triplets(NamedTuple):
@@ -34,7 +35,14 @@ def _zeros(key, weight, rank, scale) -> Factors:
     return jnp.zeros((*leading, rows, rank)), jnp.zeros((*leading, rank, columns))
 
 
-LORA_GA = Initialisation(_zeros, options={"gamma": 16.0, "gradient_batches": 64, "gradient_batch_size": 2})
+LORA_GA = Initialisation(
+    _zeros,
+    options={
+        "gamma": Option(16.0, "the larger, the smaller the start"),
+        "gradient_batches": Option(64, "batches whose gradients are averaged"),
+        "gradient_batch_size": Option(2, "rows of each"),
+    },
+)
 """Room for a start that `start_at` fills in."""
 
 

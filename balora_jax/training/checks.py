@@ -87,7 +87,7 @@ def check(config: Config) -> None:
     for name in method.unused_settings:
         value, default = getattr(config.optimizer, name), getattr(OptimizerSettings(), name)
         if value != default and (name, value) != ("weight_decay", 0):
-            own = f"; its own {name} is among its options" if name in method.options else ""
+            own = f"; its own {name} is among its options" if name in method.all_options else ""
             raise ConfigError(
                 f"optimizer.{name} plays no part in {config.method} and must be left at {default}, got {value}{own}"
             )

@@ -14,9 +14,18 @@ def test_every_method_is_listed_with_its_options(capsys):
     assert names[1:] == list(METHODS)
     said = " ".join(" ".join(lines).split())
     for method in METHODS.values():
-        for option, value in method.options.items():
+        for option, value in method.defaults.items():
             assert f"{option} {value:g}" in said or f"{option}" in said.split(), (option, value)
     assert "ratio 16" in said
+
+
+def test_a_method_and_what_its_options_do(capsys):
+    assert main(["methods", "balora_ga"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "balora_ga: BaLoRA from LoRA-GA's start (arXiv 2605.31484)"
+    assert "gamma 16: the larger, the smaller the start" in lines
+    assert main(["methods", "lora"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "no options of its own"
 
 
 @pytest.mark.parametrize(
@@ -32,4 +41,4 @@ def test_sources_are_taken_from_the_summaries(summary, parts):
 
 
 def test_mistakes(fails):
-    assert "unrecognized" in fails("methods", "lora").lower()
+    assert "did you mean 'balora'" in fails("methods", "balorra")

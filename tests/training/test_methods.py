@@ -141,7 +141,11 @@ def test_options_are_checked(config):
         ("lora_plus", ("ratio", 0.5), "ratio must be at least 1 and finite, got 0.5"),
         ("galore", ("rank", 2.5), "options: rank must be an integer, got 2.5"),
         ("adalora", ("interval", float("inf")), "options: interval must be finite, got inf"),
-        ("adalora", ("initial_share", 0.6), "initial_steps and final_steps must be below total_steps"),
+        (
+            "adalora",
+            ("initial_share", 0.6),
+            "options: initial_share and final_share must be below 1 together, got 0.6 and 0.5",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             check(dataclasses.replace(config, method=method, options=dict((option,))))

@@ -65,7 +65,7 @@ def changes(draw):
     values = {name: draw(fitting(FIELDS[name]) if draw(st.integers(0, 2)) else odd) for name in names}
     if draw(st.booleans()):
         values["method"] = draw(st.sampled_from(sorted(METHODS)))
-        if (options := sorted(METHODS[values["method"]].options)) and draw(st.booleans()):
+        if (options := sorted(METHODS[values["method"]].all_options)) and draw(st.booleans()):
             number = fitting(float) | fitting(int) | odd
             values["options"] = {name: draw(number) for name in options[: draw(st.integers(1, len(options)))]}
     return values
