@@ -13,7 +13,7 @@ from balora_jax.interruption import leave_at_once
 
 _COMMANDS = {
     "run": (
-        "CONFIG [--output FOLDER] [--log NAME] [--show-batch] [--field.name VALUE ...]",
+        "CONFIG [--output FOLDER] [--log NAME] [--launcher NAME] [--show-batch] [--field.name VALUE ...]",
         "train and compare what a config file describes; the same command goes on after an interruption",
     ),
     "estimate": (

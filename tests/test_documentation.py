@@ -93,7 +93,7 @@ def test_commands_of_a_page_exist(page, capsys):
             named = [name for word in words if word.startswith(".[") for name in word[2:-1].split(",")]
             assert set(named) <= set(EXTRAS), line
         else:
-            assert command in ("", "python", "vllm"), line
+            assert command in ("", "python", "sbatch", "source", "vllm"), line
         assert all((ROOT / word).exists() for word in words if word.endswith(".py")), line
 
 

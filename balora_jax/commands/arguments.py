@@ -5,6 +5,8 @@ import io
 import itertools
 import os
 import re
+import shlex
+from collections import deque
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -62,10 +64,12 @@ class Flag(NamedTuple):
     Attributes:
         help: what it does.
         value: what its value is, "a folder" say; None for a flag without one.
+        many: whether it takes all values up to the next flag; they are given as words of a shell.
     """
 
     help: str
     value: str | None = None
+    many: bool = False
 
 
 Own = Mapping[str, Flag]
@@ -90,7 +94,7 @@ def read_config(
         SystemExit: after the help was shown.
     """
     prog = f"balora-jax {command}"
-    flags = "\n".join(f"{flag}: {text}" for flag, (text, _) in own.items())
+    flags = "\n".join(f"{flag}: {its.help}" for flag, its in own.items())
     help_text = "\n\n".join(part for part in (what, flags, "Every field of the config can be set:") if part)
     if arguments and arguments[0] in ("--help", "-h"):
         parse(Config, arguments[:1], prog=f"{prog} CONFIG", description=help_text, default=Config(name="..."))
@@ -169,8 +173,9 @@ def _without(config: Config, sweep: Sweep, overridden: list[str]) -> Sweep:
 def _take(arguments: list[str], own: Own) -> tuple[list[str], dict[str, str]]:
     """The arguments without a command's own flags, and these with their values, which are empty if they have none."""
     rest, given = [], {}
-    remaining = iter(arguments)
-    for argument in remaining:
+    remaining = deque(arguments)
+    while remaining:
+        argument = remaining.popleft()
         flag, sign, value = argument.partition("=")
         if flag not in own:
             rest.append(argument)
@@ -178,9 +183,10 @@ def _take(arguments: list[str], own: Own) -> tuple[list[str], dict[str, str]]:
         wanted = own[flag].value
         if wanted is None and sign:
             raise ConfigError(f"{flag} takes no value, got {value}")
-        if wanted is not None:
-            value = value or next(remaining, "")
-            if not value or value.startswith("--"):
-                raise ConfigError(f"{flag} needs {wanted}")
-        given[flag] = value
+        values = [value] if value else []
+        while wanted is not None and remaining and not remaining[0].startswith("--") and (own[flag].many or not values):
+            values.append(remaining.popleft())
+        if wanted is not None and not any(values):
+            raise ConfigError(f"{flag} needs {wanted}")
+        given[flag] = shlex.join(values) if own[flag].many else "".join(values)
     return rest, given

@@ -8,6 +8,7 @@ import jax
 from balora_jax.settings import Config
 from balora_jax.training.memory import memory_limit, shown
 from balora_jax.training.program import Program
+from balora_jax.training.progress import counted
 
 
 def plan(
@@ -25,7 +26,7 @@ def plan(
     done = f", {finished} of them finished" if finished else ""
     devices = jax.devices()
     where = f"{len(devices)} x {devices[0].device_kind}, {shown(memory_limit())} of memory"
-    lines = [f"{_some(count, 'run')} in {_some(len(populations), 'population')}{done}; {where}; writes to {output}"]
+    lines = [f"{counted(count, 'run')} in {counted(len(populations), 'population')}{done}; {where}; writes to {output}"]
     for name, members in populations.items():
         program, settings = programs[name], programs[name].config.training
         base = jax.tree.leaves(program.member_model.bare)
@@ -34,7 +35,7 @@ def plan(
         axes = layout.mesh.shape.items() if layout else ()
         mesh = f"; mesh of {', '.join(f'{axis} {size}' for axis, size in axes)}" if layout else ""
         lines.append(
-            f"{name}: {_some(len(members), 'run')} of {_some(settings.steps, 'step')} of {_some(rows, 'row')}; "
+            f"{name}: {counted(len(members), 'run')} of {counted(settings.steps, 'step')} of {counted(rows, 'row')}; "
             f"{program.trained_parameters:,} trained parameters each, {program.trained_parameters / numbers:.2%} of "
             f"{program.config.model.path} ({numbers:,}, {shown(size)}){mesh}"
         )
@@ -43,7 +44,3 @@ def plan(
             f"{jax.process_count()} processes: when one ends, all end within some minutes, and the same command goes on"
         )
     return lines
-
-
-def _some(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"

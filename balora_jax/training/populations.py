@@ -12,8 +12,11 @@ from balora_jax.training.fields import field_names, get_field
 Members = dict[str, Config]
 """The configs of a population, by the names of its members."""
 
+Populations = dict[str, Members]
+"""Populations by name."""
 
-def sort_into_populations(configs: Sequence[Config]) -> dict[str, Members]:
+
+def sort_into_populations(configs: Sequence[Config]) -> Populations:
     """Returns the members by name, sorted into those that differ in numeric fields alone.
 
     Populations are named by the structural fields that differ in the sweep, members by these and the numeric ones.
@@ -21,7 +24,7 @@ def sort_into_populations(configs: Sequence[Config]) -> dict[str, Members]:
     differing = [name for name in field_names() if len({get_field(config, name) for config in configs}) > 1]
     structural = [name for name in differing if name not in NUMERIC_FIELDS]
     numeric = sorted((name for name in differing if name in NUMERIC_FIELDS), key="seed".__eq__)  # the seed last
-    populations: dict[str, Members] = {}
+    populations: Populations = {}
     for config in configs:
         parts = [_label(config, name) for name in structural if name != "method"]
         population = "-".join([config.method, *parts])
@@ -30,6 +33,11 @@ def sort_into_populations(configs: Sequence[Config]) -> dict[str, Members]:
             raise ConfigError(f"sweep: two runs would have the name {member}; their values differ too little to tell")
         populations[population][member] = config
     return populations
+
+
+def everyone(populations: Populations) -> Members:
+    """Returns the members of all populations."""
+    return {name: config for members in populations.values() for name, config in members.items()}
 
 
 def _label(config: Config, field: str) -> str:

@@ -136,5 +136,10 @@ class TrainingProgress:
         _print(self._console, f"{self._title}: {text}")
 
 
+def counted(count: int, what: str) -> str:
+    """Returns a number of things in words: `1 run`, `2 runs`."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def _print(console: Console, text: str, end: str = "\n") -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True, end=end)

@@ -6,6 +6,7 @@ metrics.jsonl      the record: training steps, evaluations, checkpoints, results
 answers.jsonl      some answers of the last evaluation, with what was asked and expected, to look at
 spectra.jsonl      the singular values of every pair at the end
 checkpoints/       per population
+parts.json, parts/, jobs/    of a sweep in several jobs: who trains what, their run directories and their logs
 results.json, results.txt, figure.png, report.html    made from metrics.jsonl at the end
 """
 
@@ -78,7 +79,7 @@ class RunDirectory:
     def _open(self, members: dict[str, Config]) -> tuple[str, list[Record]]:
         """Makes or resumes the directory; returns when it was first started, and its record."""
         path, config_file = self.path, self.path / "config.json"
-        resolved = _resolved(members)
+        resolved = as_json(members)
         try:
             if path.exists() and not path.is_dir():
                 raise ConfigError(f"the output {path} must be a folder, but it is a file")
@@ -87,11 +88,8 @@ class RunDirectory:
             self._lock = lock = open_to_append(path / ".lock")
         except OSError as error:
             raise ConfigError(f"cannot write to the output folder {path}: {error.strerror}") from None
-        try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"another process is working in {path}; wait for it or choose another --output") from None
+        if not _locked(lock):
+            raise RunError(f"another process is working in {path}; wait for it or choose another --output")
         try:
             before = _parse(config_file, dict) if config_file.exists() else None
             goes_on = before is not None and _asks_for_more(before, resolved)
@@ -160,6 +158,11 @@ class RunDirectory:
         with whole_file(file) as out:
             out.writelines(kept)
             out.writelines(json.dumps({"population": population} | record) + "\n" for record in records)
+
+    def write_environments(self, starts: list[Record]) -> None:
+        """Writes where and when the run was started, the first start first."""
+        with whole_file(self.path / "environment.json") as file:
+            file.write(json.dumps(starts, indent=2) + "\n")
 
     def rewind(self, population: str, step: int) -> None:
         """Forgets what a population recorded after a step: it is about to be done again."""
@@ -299,9 +302,22 @@ class RunDirectory:
         environments = self.path / "environment.json"
         starts = _parse(environments, list) if environments.exists() else []
         starts.append(environment())
-        with whole_file(environments) as file:
-            file.write(json.dumps(starts, indent=2) + "\n")
+        self.write_environments(starts)
         return str(starts[0].get("time"))
+
+
+def as_json(members: Mapping[str, Config]) -> dict[str, Any]:
+    """Returns configs as config.json holds them: without the devices, which have no part in what is computed."""
+    resolved = ((name, dataclasses.asdict(config).items()) for name, config in members.items())
+    return json.loads(json.dumps({name: {k: v for k, v in items if k != "parallel"} for name, items in resolved}))
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether a process works in a run directory."""
+    if not (path / ".lock").exists():
+        return False
+    with open_to_append(path / ".lock") as file:
+        return not _locked(file)
 
 
 def parse_line(line: str) -> Any:
@@ -343,19 +359,21 @@ def environment() -> Record:
     }
 
 
+def _locked(file: IO[str]) -> bool:
+    """Locks a file for this process until it is closed, and returns whether it could."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """A nested mapping as one with dotted keys."""
     if not isinstance(value, dict):
         return {prefix[:-1]: value}
     return {key: leaf for name, item in value.items() for key, leaf in _flat(item, f"{prefix}{name}.").items()}
-
-
-def _resolved(members: Mapping[str, Config]) -> dict[str, Any]:
-    """The configs as values of JSON, without the devices, which have no part in what is computed."""
-    resolved = {name: dataclasses.asdict(config) for name, config in members.items()}
-    for config in resolved.values():
-        del config["parallel"]
-    return json.loads(json.dumps(resolved))
 
 
 def _asks_for_more(before: Any, after: Any) -> bool:

@@ -1,7 +1,8 @@
 """A whole run: its populations one after the other, and what is made of their records at the end."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -16,8 +17,9 @@ from balora_jax.training.layout import layout_of
 from balora_jax.training.live import LiveLog
 from balora_jax.training.loading import base_model, load_data, load_evaluations, load_shapes
 from balora_jax.training.memory import check_evaluation, check_step, memory_limit
+from balora_jax.training.parts import check_whole
 from balora_jax.training.plan import plan
-from balora_jax.training.populations import sort_into_populations
+from balora_jax.training.populations import Populations, everyone, sort_into_populations
 from balora_jax.training.processes import is_first
 from balora_jax.training.program import Program
 from balora_jax.training.progress import phase
@@ -40,41 +42,78 @@ def run(config: Config, sweep: Sweep, output: Path, console: Console, *, log: st
 
     Raises:
         ConfigError: the config cannot be run, or the directory belongs to another config.
-        RunError: the directory cannot be used: broken, or in use; or the disk is full.
+        RunError: the directory cannot be used: broken, or in use, or its sweep is in parts; or the disk is full.
         Interrupted: a signal came; the message says from where the same call goes on.
     """
     populations = sort_into_populations(expand(config, sweep))
-    everyone = {name: member for members in populations.values() for name, member in members.items()}
+    with trained(populations, output, console, log=log) as directory:
+        return finish(directory, populations)
+
+
+@contextlib.contextmanager
+def trained(
+    populations: Populations, output: Path, console: Console, *, log: str | None = None, log_folder: Path | None = None
+) -> Iterator[RunDirectory]:
+    """Trains populations, and yields their run directory, which is open in the block.
+
+    Args:
+        populations: the configs of the members by name.
+        output: the run directory.
+        console: where progress is shown.
+        log: as for `run`.
+        log_folder: the folder that the log is of; default the run directory.
+
+    Raises:
+        ConfigError, RunError, Interrupted: as `run`.
+    """
+    members = everyone(populations)
     programs = {}  # fails before files are made
-    for name, members in populations.items():
+    for name, own in populations.items():
         with phase(console, f"{name}: reading the base and the data"):
-            programs[name] = _program(name, members)
-    directory = RunDirectory(output, everyone)
-    if log is not None and is_first():
-        identity, resumed = f"{output.resolve()} {directory.started}", bool(directory.records)
-        directory.watch(LiveLog(log, output, everyone, identity=identity, resumed=resumed))
-    try:
+            programs[name] = _program(name, own)
+    with opened(output, members) as directory:
+        check_whole(directory)
+        if log is not None and is_first():
+            identity, resumed = f"{output.resolve()} {directory.started}", bool(directory.records)
+            directory.watch(LiveLog(log, log_folder or output, members, identity=identity, resumed=resumed))
         for line in plan(populations, programs, output, len(directory.of("result"))):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-        for name, members in populations.items():
-            if len(directory.of("result", population=name)) < len(members):
-                Trainer(name, members, programs[name], directory, console).train()
-            directory.check_complete(name, members, programs[name].config.training)
-        axes = {name: results.numeric_axes(members.values(), NUMERIC_FIELDS) for name, members in populations.items()}
-        rows = results.summarise(directory, everyone, axes)
-        if is_first():
-            _write_results(directory, rows)
+        for name, own in populations.items():
+            if len(directory.of("result", population=name)) < len(own):
+                Trainer(name, own, programs[name], directory, console).train()
+            directory.check_complete(name, own, programs[name].config.training)
+        yield directory
+
+
+@contextlib.contextmanager
+def opened(output: Path, members: dict[str, Config]) -> Iterator[RunDirectory]:
+    """As `RunDirectory`, which is closed after the block; a disk on which the block cannot write is a `RunError`."""
+    directory = RunDirectory(output, members)
+    try:
+        yield directory
     except OSError as error:
         raise RunError(
             f"cannot write to {output} ({error.strerror or error}); once that is mended, the same command goes on"
         ) from error
     finally:
         directory.close()
+
+
+def finish(directory: RunDirectory, populations: Populations) -> list[dict]:
+    """Makes the table, the figure and the report of what is recorded, and returns the table's rows.
+
+    Args:
+        directory: with the results of all members.
+        populations: the configs of the members by name.
+    """
+    axes = {name: results.numeric_axes(members.values(), NUMERIC_FIELDS) for name, members in populations.items()}
+    rows = results.summarise(directory, everyone(populations), axes)
+    if is_first():
+        _write_results(directory, rows)
     return rows
 
 
 def _write_results(directory: RunDirectory, rows: list[dict]) -> None:
-    """Writes what is made of the record at the end."""
     output = directory.path
     with whole_file(output / "results.json") as file:
         file.write(json.dumps(rows, indent=2) + "\n")

@@ -16,6 +16,7 @@ from balora_jax.training.checks import check_types
 from balora_jax.training.fields import from_json
 from balora_jax.training.layout import tensor_layout
 from balora_jax.training.loading import load_model, load_shapes
+from balora_jax.training.parts import home
 from balora_jax.training.populations import sort_into_populations
 from balora_jax.training.program import Program
 from balora_jax.training.records import RunError
@@ -59,8 +60,9 @@ def load_trained(run: Path, member: str | None = None, *, weights: bool = True, 
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(members)}"
         raise ConfigError(f"{run} has no member {name}{hint}")
     populations = sort_into_populations(list(members.values()))
-    population, together = next((key, group) for key, group in populations.items() if name in group)
-    folder = run / "checkpoints" / population
+    population = next(key for key, group in populations.items() if name in group)
+    directory, together = home(run, populations, population, name)
+    folder = directory / "checkpoints" / population
     if not folder.is_dir():
         raise RunError(f"{run} has no checkpoint of {name}; let the run go on first")
     checkpoints = Checkpoints(folder, keep=None)
