@@ -1,11 +1,11 @@
 """What a config must hold: the right types, values that can be run, and a method that takes them."""
 
-import dataclasses
 import math
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from balora_jax.errors import ConfigError, not_among, shown_value
@@ -17,11 +17,17 @@ if TYPE_CHECKING:
 
 _LARGEST_COUNT = 2**31 - 1  # as steps and places are 32-bit integers on a device
 _SEEDS = "seed", "data.seed"
+_NOTHING = object()
 
 
-def check(config: Config) -> None:
-    """Raises `ConfigError` if a field has the wrong type or a value that cannot be run."""
-    check_types(config)
+def check(config: Config, *, like: Config | None = None) -> None:
+    """Raises `ConfigError` if a field has the wrong type or a value that cannot be run.
+
+    Args:
+        config: the config.
+        like: one that was checked before; types of what both share are not checked again.
+    """
+    check_types(config, like=like)
     may_be_own = "balora_jax.methods" in sys.modules  # where a config file may have added some
     if config.method not in METHOD_NAMES and not may_be_own:
         raise ConfigError(not_among("method", config.method, METHOD_NAMES))
@@ -56,8 +62,8 @@ def check(config: Config) -> None:
                  "data.eval_examples"):  # fmt: skip
         if get_field(config, name) is not None and get_field(config, name) < 1:
             raise ConfigError(f"{name} must be at least 1 or None, got {get_field(config, name)}")
-    for name, hint in field_types(Config).items():
-        if hint in (int, int | None) and name not in _SEEDS and (get_field(config, name) or 0) > _LARGEST_COUNT:
+    for name in _counts():
+        if (get_field(config, name) or 0) > _LARGEST_COUNT:
             raise ConfigError(f"{name} must be at most {_LARGEST_COUNT:,}, got {get_field(config, name):,}")
     if not math.isfinite(config.adapter.alpha):
         raise ConfigError(f"adapter.alpha must be finite, got {config.adapter.alpha}")
@@ -93,6 +99,12 @@ def check(config: Config) -> None:
             )
 
 
+@cache
+def _counts() -> list[str]:
+    """The fields that are whole numbers, but for seeds."""
+    return [n for n, hint in field_types(Config).items() if hint in (int, int | None) and n not in _SEEDS]
+
+
 def _check_evaluations(config: Config) -> None:
     names = [settings.name for settings in config.evaluations]
     for number, settings in enumerate(config.evaluations):
@@ -123,49 +135,63 @@ def _full_name(config: Config, message: str) -> str:
     return f"{part}.{message}" if part else message
 
 
-def check_types(value: Any, prefix: str = "") -> None:
+def check_types(value: Any, prefix: str = "", *, like: Any = None) -> None:
     """Raises `ConfigError` if a field of a config, or of a part of one, has the wrong type or a number of no machine.
 
     Args:
         value: the config, or the part.
         prefix: of the names of its fields in messages.
+        like: one whose fields have been checked; those that are the same objects are not checked again.
     """
-    own = hints(value.__class__)
-    for item in dataclasses.fields(value):
-        name, hint, content = f"{prefix}{item.name}", own[item.name], getattr(value, item.name)
-        if not _has_type(content, hint):
+    for field, hint in hints(value.__class__).items():
+        content, known = getattr(value, field), getattr(like, field, _NOTHING)
+        if content is known:
+            continue
+        name = f"{prefix}{field}"
+        if not _type_test(hint)(content):
             shown = getattr(hint, "__name__", None) if get_origin(hint) is None else None
             raise ConfigError(
                 f"{name} must be of type {shown or str(hint).replace('typing.', '')}, got {shown_value(content)}"
             )
-        if not _has_size(content):
-            raise ConfigError(f"{name} must be within 2**63, or 2**128 if it has a point, got {shown_value(content)}")
-        parts = enumerate(content) if isinstance(content, tuple) else ()
-        for where, part in ((name, content), *((f"{name}[{at}]", part) for at, part in parts)):
-            if is_dataclass(part):
-                check_types(part, f"{where}.")
+        if isinstance(content, int | float | tuple | Mapping):
+            if not _has_size(content):
+                bounds = "within 2**63, or 2**128 if it has a point"
+                raise ConfigError(f"{name} must be {bounds}, got {shown_value(content)}")
+            parts = enumerate(content) if isinstance(content, tuple) else ()
+            for part_name, part in ((f"{name}[{at}]", part) for at, part in parts if is_dataclass(part)):
+                check_types(part, f"{part_name}.")
+        elif is_dataclass(content):
+            check_types(content, f"{name}.", like=known)
 
 
-def _has_type(value: Any, hint: Any) -> bool:
+@cache
+def _type_test(hint: Any) -> Callable[[Any], bool]:
+    """What says whether a value is of a type."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return any(_has_type(value, arg) for arg in args)
+        tests = [_type_test(arg) for arg in args]
+        return lambda value: any(test(value) for test in tests)
     if origin is Literal:
-        return isinstance(value, str) and value in args
+        return lambda value: isinstance(value, str) and value in args
+    if origin is tuple and args[-1] is ...:
+        test = _type_test(args[0])
+        return lambda value: isinstance(value, tuple) and all(map(test, value))
     if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        hints = args[:1] * len(value) if args[-1] is ... else args
-        return len(value) == len(hints) and all(map(_has_type, value, hints))
-    if origin is Mapping:
-        return isinstance(value, Mapping) and all(
-            _has_type(part, arg) for item in value.items() for part, arg in zip(item, args, strict=True)
+        tests = [_type_test(arg) for arg in args]
+        return lambda value: (
+            isinstance(value, tuple)
+            and len(value) == len(tests)
+            and all(test(item) for test, item in zip(tests, value, strict=True))
         )
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    if origin is Mapping:
+        of_name, of_part = (_type_test(arg) for arg in args)
+        return lambda value: (
+            isinstance(value, Mapping) and all(of_name(name) and of_part(part) for name, part in value.items())
+        )
+    if hint in (int, float):
+        kinds = (int, float) if hint is float else (int,)
+        return lambda value: isinstance(value, kinds) and not isinstance(value, bool)
+    return lambda value: isinstance(value, hint)
 
 
 def _has_size(value: Any) -> bool:

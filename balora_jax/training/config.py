@@ -33,7 +33,7 @@ NUMERIC_FIELDS = (
 )
 """Fields that are numbers in a run's state: runs that differ in nothing else are trained together."""
 
-MOST_RUNS = 10_000
+MOST_RUNS = 100_000
 """Runs that a sweep may hold."""
 
 
@@ -89,14 +89,15 @@ def expand(config: Config, sweep: Sweep) -> tuple[Config, ...]:
     if len(mappings) > MOST_RUNS:
         raise ConfigError(f"sweep must hold at most {MOST_RUNS} runs, got {len(mappings)} mappings")
     runs: dict[Config, None] = {}  # in order
+    run: Config | None = None
     for mapping in mappings or [{}]:
         if not isinstance(mapping, Mapping):
             raise ConfigError(f"sweep must map field names to values, got {shown_value(mapping)}")
         if parallel := [name for name in mapping if name.startswith("parallel.")]:
             raise ConfigError(f"sweep: {parallel[0]} has no part in what is computed; set it for all runs")
         for choice in combinations(mapping):
-            run = with_fields(config, choice)
-            check(run)
+            before, run = run, with_fields(config, choice)
+            check(run, like=before)
             if run in runs:
                 raise ConfigError(f"sweep holds a run twice: {choice}")
             if len(runs) == MOST_RUNS:

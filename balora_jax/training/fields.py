@@ -2,8 +2,9 @@
 
 import dataclasses
 import difflib
+import operator
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -18,12 +19,20 @@ def get_field(config: Config, name: str) -> Any:
     Raises:
         ConfigError: there is none; the message suggests the nearest.
     """
-    value: Any = config
-    for part in name.split("."):
-        if not is_dataclass(value) or part not in (f.name for f in dataclasses.fields(value)):
-            raise ConfigError(f"there is no field {name}{suggestion(name)}")
-        value = getattr(value, part)
-    return value
+    getter = _getter(name)
+    try:
+        if getter is not None:
+            return getter(config)
+    except AttributeError:  # a part of another type is in its place
+        pass
+    raise ConfigError(f"there is no field {name}{suggestion(name)}")
+
+
+@cache
+def _getter(name: str) -> Callable[[Config], Any] | None:
+    """What reads the field, or the part, of a dotted name; None if there is none."""
+    known = any(f"{field}.".startswith(f"{name}.") for field in field_types(Config))
+    return operator.attrgetter(name) if known else None
 
 
 def with_field(config: Any, name: str, value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import time
 
 import pytest
 
@@ -194,12 +195,12 @@ def test_a_number_that_has_no_text():
         ({"seed": ()}, "seed must have a sequence of values"),
         ({"seed": (1, 1)}, "holds a run twice"),
         ([("seed", (1,))], "must map field names"),
-        ({"seed": range(15_000_000)}, "sweep must hold at most 10000 runs, got 15000000 of seed"),
+        ({"seed": range(15_000_000)}, "sweep must hold at most 100000 runs, got 15000000 of seed"),
         (
             {"seed": range(2**80), "adapter.rank": (1, 2)},
-            "at most 10000 runs, .* of seed, adapter.rank",
+            "at most 100000 runs, .* of seed, adapter.rank",
         ),
-        ([{"seed": (i,)} for i in range(10_001)], "sweep must hold at most 10000 runs"),
+        ([{"seed": (i,)} for i in range(100_001)], "sweep must hold at most 100000 runs"),
         ({"data.modules": (["a"], ["b"])}, r"sweep: data.modules must have texts, numbers or tuples, got \['a'\]"),
         ({"data.modules": ((["a"],),)}, r"sweep: data.modules must have texts, numbers or tuples, got \(\['a'\],\)"),
         (
@@ -211,6 +212,16 @@ def test_a_number_that_has_no_text():
 def test_bad_sweeps(sweep, message):
     with pytest.raises(ConfigError, match=message):
         expand(BASE, sweep)
+
+
+def test_a_large_sweep_takes_seconds_and_is_checked_to_its_last_run():
+    sweep = {"seed": range(5_000), "adapter.rank": (4, 8)}
+    start = time.process_time()
+    assert len(set(expand(BASE, sweep))) == 10_000
+    assert time.process_time() - start < 5
+    for last in (None, True, "8"):
+        with pytest.raises(ConfigError, match=r"adapter.rank must be of type int"):
+            expand(BASE, {"seed": range(100), "adapter.rank": (4, last)})
 
 
 COMMAND_LINES = {
