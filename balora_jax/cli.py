@@ -1,5 +1,6 @@
 """The command line: `balora-jax COMMAND ...`. It imports a command's modules when they are needed."""
 
+import contextlib
 import importlib
 import importlib.metadata
 import io
@@ -7,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from balora_jax.errors import ConfigError, RunError, printable
 from balora_jax.interruption import leave_at_once
@@ -105,6 +107,7 @@ def _called(arguments: list[str]) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     try:
         if command in _COMMANDS:
+            _keep_compiled_programs()
             code = importlib.import_module(f"balora_jax.commands.{command.replace('-', '_')}").main(rest)
         elif command in ("-h", "--help"):
             print(USAGE, end="")
@@ -137,6 +140,19 @@ def _called(arguments: list[str]) -> int:
     reason = printable(" ".join(reason.split()))
     print(f"balora-jax: error: {reason if len(reason) < 2000 else reason[:2000] + '...'}", file=sys.stderr)
     return 2
+
+
+def _keep_compiled_programs() -> None:
+    """Lets JAX, which reads the variables when it is imported, keep what it compiles in the user's cache folder."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or none to write to: then there is no cache
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(cache, "balora_jax", "compilation").resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 1024**3))  # bytes; the oldest go first
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import os
 import types
 
 import pytest
@@ -85,3 +86,47 @@ def test_an_error_of_the_program_is_not_hidden(command):
     command(fail)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["run"])
+
+
+@pytest.fixture
+def no_cache(monkeypatch, tmp_path):
+    """An environment in which no cache of programs is chosen."""
+    for name in ("JAX_COMPILATION_CACHE_DIR", *SETTINGS):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+SETTINGS = ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "JAX_COMPILATION_CACHE_MAX_SIZE")
+
+
+def test_commands_keep_compiled_programs_in_the_users_cache(no_cache, command, tmp_path):
+    found = []
+    command(lambda rest: found.append(os.environ.get("JAX_COMPILATION_CACHE_DIR")) or 0)
+    assert cli.main(["run"]) == 0
+    assert found == [str(tmp_path / "cache" / "balora_jax" / "compilation")]
+    assert os.path.isdir(found[0])
+    assert all(float(os.environ[name]) > 0 for name in SETTINGS)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["rnu"]])
+def test_what_compiles_nothing_makes_no_cache(no_cache, arguments, tmp_path):
+    cli.main(arguments)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_another_cache_may_be_chosen(no_cache, command, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+    command(lambda rest: 0)
+    assert cli.main(["run"]) == 0
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/elsewhere"
+    assert not set(SETTINGS) & set(os.environ)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_home_that_cannot_be_written_to_has_no_cache(no_cache, command, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    command(lambda rest: 0)
+    assert cli.main(["run"]) == 0
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ

@@ -60,13 +60,14 @@ def _run(config: Config, sweep: Sweep, given: Mapping[str, str], train: Callable
     if "--show-batch" in given:
         return _show_batches(config, sweep, console)
     from balora_jax.training import results, run  # heavy: after the cheap mistakes
-    from balora_jax.training.comparison import load_runs
-    from balora_jax.training.standings import standings, verdict
 
     output = Path(given.get("--output", Path("runs") / config.name))
     rows = (train or run)(config, sweep, output, console, log=given.get("--log"))
     if not is_first():
         return 0
+    from balora_jax.training.comparison import load_runs  # heavy: not before the first step
+    from balora_jax.training.standings import standings, verdict
+
     PlainConsole(width=max(console.width, results.TABLE_WIDTH)).print(results.table(rows))
     runs, _ = load_runs([output])
     methods = list(dict.fromkeys(run.field("method") for run in runs))

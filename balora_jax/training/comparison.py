@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
+from scipy import special
 
 from balora_jax.files import is_number, read_json, read_object
 from balora_jax.training.records import Record, RunError, is_record, parse_line
@@ -106,7 +106,7 @@ class Difference:
     @property
     def deviation(self) -> float:
         """The standard deviation of the differences."""
-        return float(self.half_width * math.sqrt(self.n) / stats.t.ppf(0.975, self.n - 1))
+        return float(self.half_width * math.sqrt(self.n) / special.stdtrit(self.n - 1, 0.975))
 
     @property
     def verdict(self) -> str:
@@ -269,8 +269,8 @@ def paired_difference(values: Sequence[float], references: Sequence[float]) -> D
     differences = [x - y for x, y in zip(values, references, strict=True)]
     n, mean = len(differences), statistics.fmean(differences)
     error = statistics.stdev(differences) / math.sqrt(n)
-    p_value = 2 * stats.t.sf(abs(mean) / error, n - 1) if error else float(mean == 0)
-    half_width = stats.t.ppf(0.975, n - 1) * error
+    p_value = 2 * float(special.stdtr(n - 1, -abs(mean) / error)) if error else float(mean == 0)
+    half_width = float(special.stdtrit(n - 1, 0.975)) * error
     return Difference(mean, float(half_width), sum(d < 0 for d in differences), n, float(p_value))
 
 

@@ -11,7 +11,7 @@ from balora_jax.console import PlainConsole
 from balora_jax.errors import ConfigError
 from balora_jax.files import whole_file
 from balora_jax.settings import Config
-from balora_jax.training import figures, report, results
+from balora_jax.training import results
 from balora_jax.training.config import NUMERIC_FIELDS, Sweep, expand
 from balora_jax.training.layout import layout_of
 from balora_jax.training.live import LiveLog
@@ -114,6 +114,8 @@ def finish(directory: RunDirectory, populations: Populations) -> list[dict]:
 
 
 def _write_results(directory: RunDirectory, rows: list[dict]) -> None:
+    from balora_jax.training import figures, report  # heavy: not before the first step
+
     output = directory.path
     with whole_file(output / "results.json") as file:
         file.write(json.dumps(rows, indent=2) + "\n")
