@@ -246,15 +246,18 @@ def pad(encoded: Encoded, *, length: int, pad_id: int) -> Rows:
     return Rows(encoded, np.arange(count), np.arange(count + 1), length=length, pad_id=pad_id)
 
 
-def pad_left(prompts: Sequence[Sequence[int] | np.ndarray], *, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_left(
+    prompts: Sequence[Sequence[int] | np.ndarray], *, pad_id: int, length: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Lays out prompts for generation, so that all of them end where it begins.
 
     Args:
         prompts: the tokens of each, at least one.
         pad_id: fills a row before its prompt.
+        length: tokens of a row, at least as many as the longest prompt has; None for these.
 
     Returns:
-        Tokens and segment ids, both `(prompts, length of the longest)` int32; the segment is 0 in front of a prompt and
+        Tokens and segment ids, both `(prompts, length)` int32; the segment is 0 in front of a prompt and
         1 in it.
 
     Raises:
@@ -263,7 +266,7 @@ def pad_left(prompts: Sequence[Sequence[int] | np.ndarray], *, pad_id: int) -> t
     lengths = [len(prompt) for prompt in prompts]
     if not all(lengths):
         raise ValueError("a prompt must have at least one token, got an empty one")
-    length = max(lengths)
+    length = length or max(lengths)
     segment_ids = (np.arange(length) >= length - np.array(lengths)[:, None]).astype(np.int32)
     tokens = np.full_like(segment_ids, pad_id)
     tokens[segment_ids == 1] = np.concatenate(prompts)

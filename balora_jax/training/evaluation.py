@@ -1,6 +1,7 @@
 """Evaluation of a population: loss per example, and answers, generated greedily or chosen by their likelihood."""
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import datasets
@@ -11,10 +12,12 @@ from flax import nnx
 
 from balora_jax.adapters import AdapterScale
 from balora_jax.data.batches import Arrays, Encoded, Tokenizer, pad, pad_left
+from balora_jax.data.lengths import batches_by_length
 from balora_jax.data.scores import Score, exact_match
 from balora_jax.models import Decoder
 from balora_jax.models.generation import generate
 from balora_jax.models.weights import tensor_name
+from balora_jax.training.progress import Say
 from balora_jax.training.state import TrainState
 from balora_jax.training.step import Batch
 
@@ -49,7 +52,6 @@ class EvaluationSet(NamedTuple):
         encoded: their tokens.
         modules: `(n,)` the part of the data set each belongs to.
         answers: `(n,)` the right answers, as text.
-        arrays: one row per example.
         tokenizer: the tokenizer.
         score: whether an answer is right; None where there are no answers, only a loss.
         choices: for each example the answers to choose from; None where answers are free.
@@ -59,11 +61,20 @@ class EvaluationSet(NamedTuple):
     encoded: Encoded
     modules: np.ndarray
     answers: np.ndarray
-    arrays: Arrays
     tokenizer: Tokenizer
     score: Score | None = exact_match
     choices: list[list[str]] | None = None
     prompts: list[str] | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(map(len, self.encoded.tokens))
+
+    @property
+    def arrays(self) -> Arrays:
+        """One row per example, as long as the longest of them: what is evaluated, in one batch."""
+        return pad(self.encoded, length=self.longest, pad_id=self.tokenizer.pad_id).arrays()
 
     @property
     def score_name(self) -> str | None:
@@ -81,13 +92,11 @@ class EvaluationSet(NamedTuple):
         *,
         score: Score | None,
     ) -> "EvaluationSet":
-        """Lays out the examples that were kept, in rows as long as the longest of them."""
-        length = max(map(len, encoded.tokens))
-        arrays = pad(encoded, length=length, pad_id=tokenizer.pad_id).arrays()
+        """Takes from a data set what belongs to its examples that were kept."""
         columns = examples.select(encoded.kept)[:]
         answers = np.asarray(columns["answer"] if score else [""] * len(encoded.kept))
         modules, texts = np.asarray(columns["module"]), [columns.get(name) for name in ("choices", "prompt")]
-        return cls(encoded, modules, answers, arrays, tokenizer, score, *texts)
+        return cls(encoded, modules, answers, tokenizer, score, *texts)
 
 
 class Losses(NamedTuple):
@@ -111,7 +120,7 @@ def evaluate_loss(program: Evaluated, state: TrainState, examples: EvaluationSet
         examples: what to evaluate on.
         batch_size: examples per call.
     """
-    loss, count = _losses(program, state, examples.arrays, batch_size)
+    loss, count = _losses(program, state, examples.encoded, examples.tokenizer.pad_id, batch_size)
 
     def mean(where):
         return loss[:, where].sum(axis=1) / count[:, where].sum(axis=1)
@@ -140,15 +149,17 @@ def what_is_not_finite(base: nnx.State) -> str:
     )
 
 
-def _losses(program: Evaluated, state: TrainState, arrays: Arrays, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The summed loss of every row and its number of predicted tokens, `(members, rows)`."""
-    losses, tokens = [], []
-    for part, rows in _chunks(len(arrays["tokens"]), batch_size):
-        batch = {name: array[rows] for name, array in arrays.items()}
-        loss, count = program.evaluate(state, program.base, batch)
-        losses.append(np.asarray(loss, np.float64)[:, part])
-        tokens.append(np.asarray(count)[:, part])
-    return np.concatenate(losses, axis=1), np.concatenate(tokens, axis=1)
+def _losses(
+    program: Evaluated, state: TrainState, encoded: Encoded, pad_id: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The summed loss of every example and its number of predicted tokens, `(members, examples)`."""
+    shape = state.step.shape[0], len(encoded.tokens)
+    losses, counts = np.zeros(shape), np.zeros(shape, np.int64)
+    for rows, length in batches_by_length(list(map(len, encoded.tokens)), batch_size=batch_size):
+        some = Encoded([encoded.tokens[i] for i in rows], [encoded.learned[i] for i in rows], rows)
+        batch: Any = pad(some, length=length, pad_id=pad_id).arrays()
+        losses[:, rows], counts[:, rows] = program.evaluate(state, program.base, batch)
+    return losses, counts
 
 
 def _prompts(examples: EvaluationSet) -> list[np.ndarray]:
@@ -163,6 +174,7 @@ def answer(
     *,
     batch_size: int,
     max_new_tokens: int | None = None,
+    say: Say | None = None,
 ) -> list[list[str]]:
     """Returns every member's answers to the examples' prompts: the likeliest choice, or what it generates.
 
@@ -173,10 +185,11 @@ def answer(
         batch_size: rows per call.
         max_new_tokens: longest answer generated; None for the length of the longest right answer, beyond which no
             exact match can lie.
+        say: is told how many tokens were generated, and how fast.
     """
     if examples.choices is not None:
         return choose_answers(program, state, examples, batch_size=batch_size)
-    return generate_answers(program, state, examples, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    return generate_answers(program, state, examples, batch_size=batch_size, max_new_tokens=max_new_tokens, say=say)
 
 
 def choose_answers(
@@ -192,8 +205,7 @@ def choose_answers(
             learned.append(np.arange(len(tokens[-1])) >= len(prompt))
             owners.append(row)
     rows = Encoded(tokens, learned, np.arange(len(tokens)))
-    arrays = pad(rows, length=max(map(len, tokens)), pad_id=examples.tokenizer.pad_id).arrays()
-    losses, _ = _losses(program, state, arrays, batch_size)
+    losses, _ = _losses(program, state, rows, examples.tokenizer.pad_id, batch_size)
     owner = np.asarray(owners)
     best = np.stack([losses[:, owner == row].argmin(axis=1) for row in range(len(examples.choices))], axis=1)
     return [[choices[i] for choices, i in zip(examples.choices, member, strict=True)] for member in best]
@@ -206,12 +218,12 @@ def generate_answers(
     *,
     batch_size: int,
     max_new_tokens: int | None = None,
+    say: Say | None = None,
 ) -> list[list[str]]:
     """Returns every member's answers to the examples' prompts by greedy generation; arguments as for `answer`."""
     encoded, tokenizer = examples.encoded, examples.tokenizer
     prompts = _prompts(examples)
     new_tokens = max_new_tokens or max(len(t) - n for t, n in zip(encoded.tokens, encoded.prompt_lengths, strict=True))
-    tokens, segment_ids = pad_left(prompts, pad_id=tokenizer.pad_id)
 
     @program.by_rows
     def generate_all(states, base, rows):
@@ -222,12 +234,34 @@ def generate_answers(
 
         return program.over_members(member, states)
 
-    members: list[list[str]] = [[] for _ in range(state.step.shape[0])]
-    for part, rows in _chunks(len(prompts), batch_size):
-        out = np.asarray(generate_all(state, program.base, (tokens[rows], segment_ids[rows])))[:, part]
+    members = [[""] * len(prompts) for _ in range(state.step.shape[0])]
+    timed: list[tuple[bool, int, float]] = []  # whether it compiled, tokens, seconds
+    lengths: set[int] = set()
+    for rows, length in batches_by_length(list(map(len, prompts)), batch_size=batch_size):
+        batch = pad_left([prompts[i] for i in rows], pad_id=tokenizer.pad_id, length=length)
+        start = time.perf_counter()
+        out = np.asarray(generate_all(state, program.base, batch))
+        timed.append((length not in lengths, _count(out, tokenizer.eos_id), time.perf_counter() - start))
+        lengths.add(length)
         for texts, generated in zip(members, out, strict=True):
-            texts += [tokenizer.decode(row[row >= 0].tolist()) for row in generated]
+            for row, ids in zip(rows, generated, strict=True):
+                texts[row] = tokenizer.decode(ids[ids >= 0].tolist())
+    if say is not None:
+        say(f"{sum(count for _, count, _ in timed):,} tokens, {_rate(timed):,.0f} tokens/s")
     return members
+
+
+def _count(generated: np.ndarray, eos_id: int) -> int:
+    """Number of tokens up to the ends of texts `(..., new_tokens)`, these included."""
+    ended = (generated == eos_id).cumsum(axis=-1) > 0
+    return int((~ended).sum() + ended.any(axis=-1).sum())
+
+
+def _rate(timed: Sequence[tuple[bool, int, float]]) -> float:
+    """Tokens per second of the batches that did not compile; of all if all did."""
+    kept = [(count, seconds) for compiled, count, seconds in timed if not compiled] or [one[1:] for one in timed]
+    counts, seconds = zip(*kept, strict=True)
+    return sum(counts) / sum(seconds)
 
 
 def accuracies(texts: Sequence[str], examples: EvaluationSet) -> dict[str, float]:
@@ -266,11 +300,3 @@ def sample_answers(texts: Sequence[str], examples: EvaluationSet) -> list[dict[s
             | {"right": bool(examples.score(texts[i], expected))}
         )
     return found
-
-
-def _chunks(count: int, size: int) -> Iterator[tuple[slice, np.ndarray]]:
-    """Row indices of equally large batches; the last is filled up, and the slice says which rows of it are new."""
-    size = min(size, count)
-    for start in range(0, count, size):
-        rows = np.arange(start, min(start + size, count))
-        yield slice(0, len(rows)), np.resize(rows, size)

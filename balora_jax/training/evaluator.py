@@ -153,13 +153,14 @@ class Evaluator:
         for name, examples in self._sets.items():
             if examples.score is None:
                 continue
-            with progress.phase(f"answering the questions of {name or 'the evaluation'}"):
+            with progress.phase(f"answering the questions of {name or 'the evaluation'}") as say:
                 texts = answer(
                     self._program,
                     state,
                     examples,
                     batch_size=settings.eval_batch_size,
                     max_new_tokens=settings.max_new_tokens,
+                    say=say,
                 )
             shares[name] = [accuracies(own, examples) for own in texts]
             for member, own in zip(self._members, texts, strict=True):

@@ -90,7 +90,7 @@ def check_evaluation(settings: TrainingSettings, model: DecoderConfig, examples:
         examples: what it is evaluated on.
         limit: bytes that there are.
     """
-    count, length = examples.arrays["tokens"].shape
+    count, length = len(examples.encoded.tokens), examples.longest
     rows = min(settings.eval_batch_size, count)
     fields = "data.length or training.eval_batch_size"
     _check(f"an evaluation of {rows} rows of {length} tokens", fields, _scores(model, rows, length, length), limit)

@@ -1,6 +1,7 @@
 """Evaluation: losses per module, and answers that are what the model would say token by token."""
 
 import dataclasses
+import re
 
 import datasets
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from balora_jax.data import lengths
 from balora_jax.data.batches import encode
 from balora_jax.data.scores import same_final_answer
 from balora_jax.models.weights import load_decoder
@@ -52,6 +54,36 @@ def test_losses_do_not_depend_on_the_batches(population, batch_size):
         for name, loss in found.by_module.items():
             rows = examples.modules == name
             assert loss[index] == pytest.approx(losses[rows].sum() / mask[rows].sum(), rel=1e-5)
+
+
+def test_examples_are_sorted_by_length_and_results_are_in_their_order(population, monkeypatch):
+    """Losses and answers of batches of several lengths, against one batch of the longest."""
+    program, state, examples = population
+    expected = answer(program, state, examples, batch_size=64)
+    monkeypatch.setattr(lengths, "_SHORTEST", 8)
+    monkeypatch.setattr(lengths, "_FEWEST", 1)
+    said, shapes = [], set()
+    evaluate = program.evaluate
+
+    def recorded(state, base, batch):
+        shapes.add(batch["tokens"].shape)
+        return evaluate(state, base, batch)
+
+    monkeypatch.setattr(program, "evaluate", recorded)
+    found = evaluate_loss(program, state, examples, batch_size=2)
+    assert {rows for rows, _ in shapes} == {2}
+    assert 1 < len(shapes) <= 4
+    for index in range(2):
+        losses, mask = map(np.asarray, token_losses(member(population, index), examples.arrays))
+        assert found.total[index] == pytest.approx(losses.sum() / mask.sum(), rel=1e-5)
+        assert list(found.by_module) == sorted(set(examples.modules))
+        for name, loss in found.by_module.items():
+            rows = examples.modules == name
+            assert loss[index] == pytest.approx(losses[rows].sum() / mask[rows].sum(), rel=1e-5)
+    assert answer(program, state, examples, batch_size=2, say=said.append) == expected
+    assert re.fullmatch(r"[\d,]+ tokens, [\d,]+ tokens/s", said[0])
+    ids = [len(examples.tokenizer.encode(text)) + 1 for texts in expected for text in texts]
+    assert int(said[0].split(" ")[0].replace(",", "")) <= sum(ids) + 2 * len(ids)
 
 
 def greedy_without_cache(model, prompt, new_tokens, eos):
