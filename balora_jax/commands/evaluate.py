@@ -10,7 +10,7 @@ from balora_jax.console import PlainConsole
 from balora_jax.errors import ConfigError
 from balora_jax.training.checks import check
 
-WHAT = "Measures loss and accuracy of a model on the evaluation data of a config file."
+WHAT = "Measures loss and accuracy of a model on the evaluation data of a config file, and on its evaluations."
 FLAGS = {
     "--adapter": Flag("a PEFT folder, whose adapter is put on the model.", "a PEFT folder"),
     "--json": Flag("prints one JSON object instead, for programs."),
@@ -27,6 +27,8 @@ def main(arguments: list[str]) -> int:
         for name in mapping:
             if name.startswith(("model.", "data.")):
                 raise ConfigError(f"the config sweeps {name}; choose one with --{name}")
+            if name == "evaluations":
+                raise ConfigError("the config sweeps evaluations; it must have one value of them to be evaluated")
     check(config)
     from balora_jax.commands.evaluated import evaluated, report  # heavy: after the cheap mistakes
 

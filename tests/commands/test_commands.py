@@ -321,6 +321,26 @@ def test_evaluate_says_what_was_left_out(config_file, capsys):
     assert 0 < left_out == 10 - int(re.search(r"all +(\d+)", shown)[1])
 
 
+def test_evaluate_measures_the_evaluations_of_a_config_too(config_file, capsys):
+    text = config_file.read_text().replace("AdapterSettings, Config", "AdapterSettings, EvaluationSettings, Config")
+    harder = "EvaluationSettings('harder', 'mathematics', modules=('arithmetic__mul',), difficulty=(3,), examples=12)"
+    file = config_file.with_name("others.py")
+    file.write_text(text.replace('name="tiny",', f'name="tiny", evaluations=({harder},),'))
+    call("evaluate", file, "--json")
+    found = json.loads(capsys.readouterr().out)
+    harder = found["others"]["harder"]
+    assert (harder["score"], list(harder["modules"])) == ("exact match", ["arithmetic__mul", "all"])
+    assert harder["modules"]["all"]["examples"] == 12
+    assert harder["modules"]["all"]["evaluation_loss"] != found["modules"]["all"]["evaluation_loss"]
+    call("evaluate", file)
+    shown = capsys.readouterr().out
+    assert "harder: " in shown
+    assert f"{harder['modules']['all']['evaluation_loss']:.4f}" in shown
+    call("evaluate", config_file, "--json")
+    without = json.loads(capsys.readouterr().out)
+    assert without == found | {"others": {}}
+
+
 def test_mistakes_of_evaluate_and_generate(model_folder, config_file, fails, monkeypatch):
     assert "evaluate needs a config file" in fails("evaluate")
     assert "--adapter needs a PEFT folder" in fails("evaluate", config_file, "--adapter")
@@ -329,6 +349,8 @@ def test_mistakes_of_evaluate_and_generate(model_folder, config_file, fails, mon
     file = config_file.with_name("swept.py")
     file.write_text(config_file.read_text() + "sweep = {'data.length': (40, 60)}\n")
     assert "the config sweeps data.length; choose one with --data.length" in fails("evaluate", file)
+    file.write_text(config_file.read_text() + "sweep = {'evaluations': ((),)}\n")
+    assert "the config sweeps evaluations; it must have one value" in fails("evaluate", file)
     assert "--max-new-tokens must be at least 1" in fails(
         "generate", model_folder, "--prompt", "x", "--max-new-tokens", "0"
     )
