@@ -116,6 +116,25 @@ class Difference:
         return "better" if self.mean < 0 else "worse"
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """The geometric mean of paired ratios and its confidence interval.
+
+    Attributes:
+        mean: of the ratios, `exp` of the mean of their logarithms.
+        low: end of the 95 % confidence interval, by Student's t of the logarithms.
+        high: its other end.
+        n: number of pairs.
+        left_out: pairs that do not count, as one of the two is not finite.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    left_out: int
+
+
 def load_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[Record]]:
     """Reads finished run directories.
 
@@ -272,6 +291,28 @@ def paired_difference(values: Sequence[float], references: Sequence[float]) -> D
     p_value = 2 * float(special.stdtr(n - 1, -abs(mean) / error)) if error else float(mean == 0)
     half_width = float(special.stdtrit(n - 1, 0.975)) * error
     return Difference(mean, float(half_width), sum(d < 0 for d in differences), n, float(p_value))
+
+
+def paired_ratio(values: Sequence[float], references: Sequence[float], *, floor: float) -> Ratio:
+    """Returns by what factor values differ from a reference with the same seeds.
+
+    For values whose spread is of factors, which a difference of means would leave to the largest of them.
+
+    Args:
+        values: one number for each seed.
+        references: those of the reference, in the same order.
+        floor: what lies below is rounding, and counts as this; so a ratio of two such values is 1.
+
+    Raises:
+        ValueError: the lengths differ, there are fewer than two pairs of finite values, or the floor is not positive.
+    """
+    if not floor > 0:
+        raise ValueError(f"floor must be positive, got {floor}")
+    pairs = [pair for pair in zip(values, references, strict=True) if all(map(math.isfinite, pair))]
+    logs = [[math.log(max(value, floor)) for value in side] for side in zip(*pairs, strict=True)] or [[], []]
+    found = paired_difference(*logs)
+    mean, low, high = (math.exp(found.mean + sign * found.half_width) for sign in (0, -1, 1))
+    return Ratio(mean, low, high, found.n, len(values) - len(pairs))
 
 
 def compare(cell: Cell, reference: Cell) -> Difference:

@@ -62,6 +62,11 @@ def end_points(method, exact):
     return params["lora_a"][pick], params["lora_b"][pick], excess[pick], target[pick]
 
 
+def within(ratios, bins):
+    """Ratios for a histogram: one that rounding has left below 1 belongs to the first bin, a huge one to the last."""
+    return np.clip(ratios, bins[0], bins[-1])
+
+
 def main() -> None:
     """Runs, draws and records."""
     results: dict = {}
@@ -79,9 +84,8 @@ def main() -> None:
         results[name] = {"refactorisations": quantiles(refactored) | {"least": float(refactored.min())}}
         bins = np.geomspace(1, 1e6, 49)
         axis.hist(
-            np.clip(refactored, 1, 1e6),
+            within(refactored, bins),
             bins,
-            density=False,
             weights=np.full(refactored.size, 1 / refactored.size),
             color="0.75",
             label="random refactorisations",
@@ -101,7 +105,11 @@ def main() -> None:
                 "most": float(ratio.max()),
             }
             axis.hist(
-                ratio, bins, weights=np.full(ratio.size, 1 / ratio.size), alpha=0.6, label=f"end points of {method}"
+                within(ratio, bins),
+                bins,
+                weights=np.full(ratio.size, 1 / ratio.size),
+                alpha=0.6,
+                label=f"end points of {method}",
             )
         axis.set(xscale="log", title=f"Z of {name}", xlabel="condition number / least possible", ylabel="share")
         axis.legend(fontsize=7)

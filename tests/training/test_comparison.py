@@ -8,7 +8,7 @@ from recorded_runs import LOSSES, write_run
 from scipy import stats
 
 from balora_jax.training import RunError
-from balora_jax.training.comparison import best_cell, compare, load_runs, paired_difference, sorted_by
+from balora_jax.training.comparison import best_cell, compare, load_runs, paired_difference, paired_ratio, sorted_by
 
 
 def test_the_best_cell_has_the_lowest_mean_and_no_diverged_run(tmp_path):
@@ -92,3 +92,23 @@ def test_broken_directories_are_said(name, old, new, said, tmp_path):
     assert file.read_text() != text
     with pytest.raises(RunError, match=said):
         load_runs([tmp_path / "x"])
+
+
+def test_paired_ratio_is_the_geometric_mean_with_its_interval():
+    references = [1e-6, 3.0, 2e3, 5e-2]
+    logs = np.array([-1.0, -2.0, -1.5, -0.5])
+    found = paired_ratio([r * 10**x for r, x in zip(references, logs, strict=True)], references, floor=1e-12)
+    width = stats.t.ppf(0.975, 3) * logs.std(ddof=1) / 2
+    np.testing.assert_allclose([found.mean, found.low, found.high], 10 ** (logs.mean() + np.array([0, -1, 1]) * width))
+    assert (found.n, found.left_out) == (4, 0)
+
+
+def test_paired_ratio_of_what_is_not_finite_or_is_rounding():
+    found = paired_ratio([1e-15, -1e-14, np.inf, 2.0], [3e-13, 1e-16, 1.0, np.nan], floor=1e-11)
+    assert (found.mean, found.low, found.high, found.n, found.left_out) == (1, 1, 1, 2, 2)
+    with pytest.raises(ValueError, match="floor must be positive, got 0"):
+        paired_ratio([1.0, 2.0], [1.0, 2.0], floor=0.0)
+    with pytest.raises(ValueError, match="at least 2"):
+        paired_ratio([1.0, np.inf], [1.0, 2.0], floor=1e-11)
+    with pytest.raises(ValueError, match="argument 2 is"):
+        paired_ratio([1.0, 2.0, 3.0], [1.0, 2.0], floor=1e-11)
