@@ -15,6 +15,7 @@ import optax
 
 from balora_jax.adapters import (
     ADALORA,
+    KAIMING,
     LORA,
     LORA_GA,
     OLORA,
@@ -160,10 +161,11 @@ def _lora_plus(settings, steps, *, ratio):
     return lora_plus(adamw(settings, steps), ratio=ratio)
 
 
-def _lora_rite(settings, steps, *, eps, skip, clip_norm):
+def _lora_rite(settings, steps, *, eps, skip, clip_norm, clip_first):
     """Skipping, clipping and eps are the method's own."""
     rate, shared = learning_rate_schedule(settings, steps), _shared(settings)
-    return lora_rite(rate, **shared, eps=eps, skip=skip, clip_norm=clip_norm)
+    rite = lora_rite(rate, **shared, eps=eps, skip=skip, clip_norm=clip_norm)
+    return optax.chain(optax.clip_by_global_norm(clip_first), rite) if clip_first else rite
 
 
 def _reflora(settings, steps, *, warmup_steps):
@@ -267,10 +269,17 @@ METHODS = MappingProxyType(
                 "eps": _EPS,
                 "skip": Option(1.0, "gradients of a larger root mean square are left out"),
                 "clip_norm": Option(1.0, "most that the norm of all pairs' gradients may be"),
+                "clip_first": Option(0.0, "the same of the factors' gradients, before all else; 0 for not at all"),
             },
         ),
         "reflora": Method(
             "AdamW of gradients as from the balanced pair (arXiv 2505.18877)", optimizer=_reflora, options=_WARMUP
+        ),
+        "reflora_drawn": Method(
+            "RefLoRA from two random factors (arXiv 2505.18877)",
+            optimizer=_reflora,
+            initialisation=KAIMING,
+            options=_WARMUP,
         ),
         "reflora_s": Method(
             "AdamW, both factors of one norm (arXiv 2505.18877)",

@@ -9,8 +9,20 @@ from typing import Literal, NamedTuple
 
 Gauge = Literal["svd", "raw_svd", "nearest", "symmetric"]
 METHOD_NAMES = (
-    *("full", "galore", "lora", "rslora", "lora_plus", "dora", "olora", "pissa", "lora_ga", "lora_rite", "reflora"),
-    *("reflora_s", "loro", "scaled_gd", "scaled_adamw", "lora_pro", "adalora", "balora", "balora_ga", "balora_gd"),
+    *("full", "galore", "lora", "rslora", "lora_plus", "dora", "olora", "pissa", "lora_ga", "lora_rite"),
+    *(
+        "reflora",
+        "reflora_drawn",
+        "reflora_s",
+        "loro",
+        "scaled_gd",
+        "scaled_adamw",
+        "lora_pro",
+        "adalora",
+        "balora",
+        "balora_ga",
+        "balora_gd",
+    ),
     *("balora_plus", "balora_rslora", "balora_dora", "balora_olora", "balora_pissa"),
 )
 """The names in `balora_jax.methods.METHODS`, in its order."""

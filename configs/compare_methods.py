@@ -77,4 +77,5 @@ sweep = [
         "seed": (0, 1, 2, 3, 4),
     }
     for method in METHODS
+    if method != "reflora_drawn"  # of the paper's configs
 ]

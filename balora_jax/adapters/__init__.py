@@ -4,7 +4,7 @@ from balora_jax.adapters.adalora import ADALORA, AdaLoRALinear
 from balora_jax.adapters.adapter import Adapter, MergeError
 from balora_jax.adapters.dora import DoRALinear
 from balora_jax.adapters.full import FullLinear
-from balora_jax.adapters.initialisation import LORA, OLORA, PISSA, XAVIER, Initialisation
+from balora_jax.adapters.initialisation import KAIMING, LORA, OLORA, PISSA, XAVIER, Initialisation
 from balora_jax.adapters.interpolation import interpolate_adapters
 from balora_jax.adapters.lora import AdapterOffset, AdapterScale, LoRALinear, adapter_scale
 from balora_jax.adapters.lora_ga import LORA_GA, gradient_triplets, lora_ga_start, start_at
@@ -21,6 +21,7 @@ from balora_jax.adapters.peft_model import export_adapters, load_adapters
 
 __all__ = [
     "ADALORA",
+    "KAIMING",
     "LORA",
     "LORA_GA",
     "OLORA",

@@ -57,6 +57,14 @@ def xavier_normal(key: jax.Array, weight: jax.Array, rank: int, scale: jax.typin
     )
 
 
+def kaiming_uniform(key: jax.Array, weight: jax.Array, rank: int, scale: jax.typing.ArrayLike) -> Factors:
+    """`A ~ U(-1/sqrt(in), 1/sqrt(in))`, `B ~ U(-1/sqrt(r), 1/sqrt(r))`, as torch draws its layers (RefLoRA's start)."""
+    keys = jax.random.split(key)
+    lora_a, zeros = uniform_and_zero(keys[0], weight, rank, scale)
+    bound = 1 / math.sqrt(rank)
+    return lora_a, jax.random.uniform(keys[1], zeros.shape, jnp.float32, -bound, bound)
+
+
 def olora(key: jax.Array, weight: jax.Array, rank: int, scale: jax.typing.ArrayLike) -> Factors:
     """`B = Q_r^T`, `A = R_r^T` from the QR decomposition of the transposed weight, `W^T = Q R` (arXiv 2406.01775).
 
@@ -113,3 +121,4 @@ LORA = Initialisation(uniform_and_zero, offset=False)
 OLORA = Initialisation(olora)
 PISSA = Initialisation(pissa)
 XAVIER = Initialisation(xavier_normal)
+KAIMING = Initialisation(kaiming_uniform)

@@ -7,10 +7,20 @@ import pytest
 from flax import nnx
 
 from balora_jax import balancing_gap
-from balora_jax.adapters import LORA, OLORA, PISSA, XAVIER, DoRALinear, LoRALinear, initialisation, remove_adapters
+from balora_jax.adapters import (
+    KAIMING,
+    LORA,
+    OLORA,
+    PISSA,
+    XAVIER,
+    DoRALinear,
+    LoRALinear,
+    initialisation,
+    remove_adapters,
+)
 from balora_jax.adapters.initialisation import leading_svd
 
-STARTS = {"lora": LORA, "olora": OLORA, "pissa": PISSA, "xavier": XAVIER}
+STARTS = {"lora": LORA, "olora": OLORA, "pissa": PISSA, "xavier": XAVIER, "kaiming": KAIMING}
 SHAPES = {"wide": (6, 9), "tall": (9, 6), "square": (7, 7), "stacked": (2, 3, 8, 6)}
 RANK, SCALE = 3, 1.5
 
@@ -66,6 +76,15 @@ def test_xavier():
     assert abs(np.corrcoef(lora_a[:100].ravel(), lora_b[:, :100].ravel())[0, 1]) < 0.05
 
 
+def test_kaiming():
+    """Uniform with the bounds of `torch.nn.init.kaiming_uniform_(lora_A or lora_B, a=sqrt(5))`, `1 / sqrt(fan in)`."""
+    _, lora_a, lora_b = start("kaiming", (300, 200), rank=100)
+    for factor, fan_in in ((lora_a, 300), (lora_b, 100)):
+        assert 0.99 < np.abs(factor).max() * np.sqrt(fan_in) <= 1 + 1e-6
+        np.testing.assert_allclose(factor.std(), 1 / np.sqrt(3 * fan_in), rtol=0.02)
+    assert abs(np.corrcoef(lora_a[:100].ravel(), lora_b[:, :100].ravel())[0, 1]) < 0.05
+
+
 LAYERS = {
     "linear": (lambda **k: nnx.Linear(8, 6, **k), (5, 8)),
     "general": (lambda **k: nnx.LinearGeneral((2, 4), (3, 5), axis=(-2, -1), **k), (5, 2, 4)),
@@ -88,7 +107,7 @@ def test_fresh_adapter_changes_nothing(case, name, layer, dtype):
     np.testing.assert_allclose(adapter.weight_update(), np.zeros(base.kernel.shape), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["olora", "pissa", "xavier"])
+@pytest.mark.parametrize("name", ["olora", "pissa", "xavier", "kaiming"])
 def test_start_is_taken_out_of_the_base_and_follows_the_kernel(name):
     """The effective weight is `W0 - s A0 B0 + s A B`; the gradient of the factors that of `s A B`."""
     base = nnx.Linear(8, 6, rngs=nnx.Rngs(0))

@@ -29,6 +29,7 @@ OPTIMIZERS = dict.fromkeys(METHODS, ADAMW) | {
     "balora_plus": PLUS,
     "lora_rite": oracle.lora_rite,
     "reflora": oracle.clipped(oracle.adamw(oracle.by_geometric_mean)),
+    "reflora_drawn": oracle.clipped(oracle.adamw(oracle.by_geometric_mean)),
     "reflora_s": oracle.clipped(oracle.reflora_s),
     "loro": oracle.clipped(oracle.loro),
     "scaled_gd": oracle.clipped(oracle.descent(oracle.by_partners_gram)),
@@ -40,6 +41,7 @@ OPTIMIZERS = dict.fromkeys(METHODS, ADAMW) | {
 OPTIONS = {
     "galore": {"rank": 2},
     "reflora": {"warmup_steps": 0},
+    "reflora_drawn": {"warmup_steps": 0},
     "reflora_s": {"warmup_steps": 0},
     "loro": {"period": 2},
     "adalora": {"initial_share": 0, "final_share": 0, "interval": 1},
@@ -144,6 +146,21 @@ def test_other_leaves_may_stand_beside_the_adapters(name):
     updates, new = jax.eval_shape(tx.update, params, state, params)
     assert jax.tree.map(lambda x: x.shape, updates) == jax.tree.map(lambda x: x.shape, params)
     assert jax.tree.structure(new) == jax.tree.structure(state)
+
+
+def test_lora_rite_may_clip_gradients_first():
+    params = {"lora_a": jnp.asarray(normal((ROWS, RANK), 0)), "lora_b": jnp.asarray(normal((RANK, COLUMNS), 1))}
+    gradients = jax.tree.map(lambda x: 0.01 * jnp.sin(x), params)
+    norm = float(optax.tree.norm(gradients))
+    tx, plain = transformation("lora_rite", clip_first=norm / 3), transformation("lora_rite")
+    third = jax.tree.map(lambda g: g / 3, gradients)
+    state, states = tx.init(params), plain.init(params)
+    for given in (gradients, third):  # the first is clipped to the second
+        found, state = tx.update(given, state, params)
+        expected, states = plain.update(third, states, params)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), found, expected)
+    without, _ = plain.update(gradients, plain.init(params), params)
+    assert not np.allclose(without["lora_b"], tx.update(gradients, tx.init(params), params)[0]["lora_b"], rtol=1e-3)
 
 
 CHANGES = {
