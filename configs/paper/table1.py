@@ -14,14 +14,17 @@ Expected:  evaluation loss in the paper:
     lora_rite  1.353   0.639         0.707       0.776     0.663
     loro       1.504   0.669         0.750       0.859     0.689
     olora      1.360   0.641         0.712       0.782     0.666
-    reflora    1.350   0.638         0.706       0.773     0.661
+    reflora_drawn
+               1.350   0.638         0.706       0.773     0.661
     balora     1.350   0.638         0.707       0.773     0.662
 Hardware:  one GPU; `balora-jax estimate` of the same command prints the memory (about 11 GiB). Not run here: the
            authors gave each run two H100 and at most 20 hours
 Time:      reckoned, for an H100 at 40 % of its peak and six operations a parameter and token: at most 0.7
            hours a run on Alpaca, 0.9 on WizardLM, 2.1 on CodeFeedback, 3.2 on OpenHermes, 5.3 on OpenOrca
-Chosen:    lora_rite, loro and reflora: their cells are not known, so four rates are tried at A_scaling 1. One epoch,
-           counted in rows, as in the authors' configs
+Chosen:    lora_rite, loro and reflora_drawn: their cells are not known, so four rates are tried at A_scaling 1. One
+           epoch, counted in rows, as in the authors' configs. LoRA-RITE and RefLoRA as the authors' script has them:
+           without weight decay; LoRA-RITE behind clipping at 1; RefLoRA with both factors drawn, their product taken
+           out of the weight, and 100 plain steps first
 Differs:   the base is bfloat16, the authors load it in float32 (--model.dtype float32 --model.param-dtype float32); the
            held-out rows are the same for all seeds. BaLoRA is theirs: raw SVD factors, Adam's moments as they are.
            Rows are not packed, so that a step has 32 examples as theirs; --data.packing with fewer steps is faster
@@ -62,11 +65,16 @@ CELLS = {
     "lora_rite": ((5.995e-5, 1.668e-4, 4.642e-4, 1.292e-3), 1.0),
     "loro": ((5.995e-5, 1.668e-4, 4.642e-4, 1.292e-3), 1.0),
     "olora": ((4.642e-4,), 0.2154),
-    "reflora": ((5.995e-5, 1.668e-4, 4.642e-4, 1.292e-3), 1.0),
+    "reflora_drawn": ((5.995e-5, 1.668e-4, 4.642e-4, 1.292e-3), 1.0),
     "balora": ((7.743e-6,), 35.94),
     "lora_ga": ((1.668e-4,), 0.01),
 }
 LORA_ON_ALPACA = ((3.594e-3,), 0.0278)
+
+AS_RUN: dict[str, dict] = {  # by the trainer's defaults: no decay, and clipping at 1 before the optimizer
+    "lora_rite": {"optimizer.weight_decay": (0.0,), "options": ({"clip_first": 1.0},)},
+    "reflora_drawn": {"optimizer.weight_decay": (0.0,)},
+}
 
 
 def cell(recipe: str, method: str) -> dict:
@@ -84,6 +92,7 @@ sweep = [
         "training.steps": (rows // 32,),
         "method": (method,),
         **cell(recipe, method),
+        **AS_RUN.get(method, {}),
         "seed": (0, 1, 2),
     }
     for recipe, rows in ROWS.items()

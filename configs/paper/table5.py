@@ -14,7 +14,8 @@ Hardware:  one GPU of 80 GB; `balora-jax estimate` prints the memory: the 100 ru
            H100 and at most 20 hours
 Time:      reckoned, for an H100 at 40 % of its peak and six operations a parameter and token: at most 1.3
            hours a run
-Chosen:    one epoch, counted in rows; one seed (--seed 1 --output ANOTHER for more)
+Chosen:    one epoch, counted in rows; one seed (--seed 1 --output ANOTHER for more). LoRA-RITE and
+           RefLoRA as in table1.py
 Differs:   the base is bfloat16, the authors load it in float32 (--model.dtype float32 --model.param-dtype float32).
            BaLoRA is theirs: raw SVD factors, Adam's moments as they are. Rows are not packed, so that a step has 32
            examples as theirs; --data.packing with fewer steps is faster
@@ -42,9 +43,15 @@ config = Config(
     ),
 )
 
-METHODS = ("lora", "balora", "dora", "olora", "lora_rite", "reflora", "loro", "lora_ga", "balora_ga")
+METHODS = ("lora", "balora", "dora", "olora", "lora_rite", "reflora_drawn", "loro", "lora_ga", "balora_ga")
 RATES = tuple(float(f"{rate:.4g}") for rate in np.logspace(-6, -2, 10))
 A_SCALINGS = tuple(float(f"{a:.4g}") for a in np.logspace(-2, 2, 10))  # the scale of the adapters is A_scaling squared
+
+
+AS_RUN: dict[str, dict] = {  # by the trainer's defaults: no decay, and clipping at 1 before the optimizer
+    "lora_rite": {"optimizer.weight_decay": (0.0,), "options": ({"clip_first": 1.0},)},
+    "reflora_drawn": {"optimizer.weight_decay": (0.0,)},
+}
 
 
 def scales(method: str) -> dict:
@@ -54,4 +61,7 @@ def scales(method: str) -> dict:
     return {"adapter.alpha": tuple(config.adapter.rank * a**2 for a in A_SCALINGS)}
 
 
-sweep = [{"method": (method,), **scales(method), "optimizer.learning_rate": RATES, "seed": (0,)} for method in METHODS]
+sweep = [
+    {"method": (method,), **scales(method), "optimizer.learning_rate": RATES, "seed": (0,)} | AS_RUN.get(method, {})
+    for method in METHODS
+]

@@ -14,7 +14,7 @@ Time:      reckoned, for an H100 at 40 % of its peak and six operations a parame
 Chosen:    which papers from arXiv the authors took is not known, nor how many tokens, epochs and cells: 100,000 of the
            203,037 articles, of some 10,000 tokens each, are about a billion tokens, as in table 7, in pieces of 1,024;
            evaluation on 200 of the 6,436 articles for validation. Three learning rates around each method's best cell
-           on the instruction sets, two seeds
+           on the instruction sets, two seeds. LoRA-RITE and RefLoRA as in table1.py
 Differs:   the base is bfloat16. The scale is A_scaling squared at every rank; the authors' code has 8 / rank of it.
            BaLoRA is theirs: raw SVD factors, Adam's moments as they are
 """
@@ -45,8 +45,13 @@ CELLS = {
     "dora": ((7.743e-6, 2.154e-5, 5.995e-5), 4.642),
     "lora_rite": ((1.668e-4, 4.642e-4, 1.292e-3), 1.0),
     "olora": ((1.668e-4, 4.642e-4, 1.292e-3), 0.2154),
-    "reflora": ((5.995e-5, 1.668e-4, 4.642e-4), 1.0),
+    "reflora_drawn": ((5.995e-5, 1.668e-4, 4.642e-4), 1.0),
     "balora": ((2.783e-6, 7.743e-6, 2.154e-5), 35.94),
+}
+
+AS_RUN: dict[str, dict] = {  # by the trainer's defaults: no decay, and clipping at 1 before the optimizer
+    "lora_rite": {"optimizer.weight_decay": (0.0,), "options": ({"clip_first": 1.0},)},
+    "reflora_drawn": {"optimizer.weight_decay": (0.0,)},
 }
 
 sweep = [
@@ -55,6 +60,7 @@ sweep = [
         "adapter.alpha": (rank * a_scaling**2,),
         "method": (method,),
         "optimizer.learning_rate": rates,
+        **AS_RUN.get(method, {}),
         "seed": (0, 1),
     }
     for rank in (8, 16, 32, 64, 128)
