@@ -85,7 +85,8 @@ def balora_project(
         gauge: which balanced pair to take, see `balora_jax.balance`.
         route: how the r x r work is done, see `balora_jax.balance`.
         every: projects after every `every`-th update only.
-        start_step: number of first updates that are not followed by a projection.
+        start_step: number of first updates that are not followed by a projection. The paper's code has a number of this
+            name that is one more for the same steps: its first projection follows the update of this number.
         least_ratio: a pair waits until the Frobenius norm of its smaller factor is at least this share of the larger
             one's; 0 waits for nothing. A fresh B is tiny, and balancing makes A as small at once: optimizers that adapt
             to the size of the parameters, as prodigy, can stay there for ever (experiments/optimizers).
@@ -179,7 +180,8 @@ def balora(
             `optax.chain(inner, balora_project())` does.
         route: how the r x r work is done, see `balora_jax.balance`.
         every: projects after every `every`-th update only.
-        start_step: number of first updates that are not followed by a projection.
+        start_step: number of first updates that are not followed by a projection. The paper's code has a number of this
+            name that is one more for the same steps: its first projection follows the update of this number.
         least_ratio: a pair waits until the Frobenius norm of its smaller factor is at least this share of the larger
             one's; 0 waits for nothing. A fresh B is tiny, and balancing makes A as small at once: optimizers that adapt
             to the size of the parameters, as prodigy, can stay there for ever (experiments/optimizers).

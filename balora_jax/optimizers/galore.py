@@ -72,6 +72,9 @@ def galore(
         passes over stacked matrices, decomposes in float32 also under x64 and, under `vmap` over runs, at every step
         and in batched LAPACK calls, which can deadlock on CPUs.
 
+        Of a square weight, kept as `(in, out)` here and as `(out, in)` by torch, this compresses the output side, and
+        the released code the input side.
+
     Source: arXiv 2403.03507 (Algorithm 2). Its released AdamW adds eps before the bias of the moments is corrected, the
     algorithm, as here, after.
 

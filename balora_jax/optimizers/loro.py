@@ -73,6 +73,9 @@ def loro(
         takes the ordinary step also when the exact one is due. Where B is still small, `R_B^-1` makes exact steps
         long. Non-finite numbers in one pair stay in that pair.
 
+        The signs of the singular vectors after an exact step are as the backend's SVD returns them, so that two
+        platforms may go on from factors that differ in the signs of columns, and Adam's moments with them.
+
         Adam's directions are no gradients of one matrix: `Q_A^T F` and `E Q_B` differ, and the first is taken for both,
         as in the released code. That code can also reset moments at exact steps and scale the ordinary steps' learning
         rate for pre-training; its fine-tuning runs, followed here, do neither.

@@ -136,7 +136,8 @@ def scaled_adamw(
 
     Notes:
         Cost as `precondition_by_grams`, and AdamW's state, twice the parameters. Defaults are those of the authors'
-        runs on Mistral-7B; they leave out the correction of Adam's bias, which is made here. The moments are entrywise,
+        runs on Mistral-7B; they leave out the correction of Adam's bias, which is made here. So eps is added to the
+        corrected root, `sqrt(v / (1 - b2^t)) + eps`, theirs to `sqrt(v)`. The moments are entrywise,
         so that runs depend on the gauge of the start.
 
     Source: arXiv 2402.02347 (scaled AdamW).
