@@ -106,7 +106,7 @@ def status_of_update(
         eps: rounding of the parameters' dtype.
         ratio: `(n)`, the norm of the smaller factor over that of the larger one.
         one_moves: `(n)` bool, whether one factor alone has an update.
-        least_ratio: pairs with a smaller ratio wait.
+        least_ratio: pairs with a smaller ratio wait, as do those of which one factor alone has an update; 0 for no wait.
     """
     return _first(
         [
@@ -114,7 +114,7 @@ def status_of_update(
             (frozen, Status.FROZEN),
             (is_skipped(status), status),
             (~(cancellation < 0.4 * eps ** (-1 / 3)), Status.FAR),  # the product to 3e-6 in float32
-            (one_moves | (ratio < least_ratio), Status.WAITING),
+            ((one_moves & (jnp.asarray(least_ratio) > 0)) | (ratio < least_ratio), Status.WAITING),
         ],
         status,
     )

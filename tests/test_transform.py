@@ -13,6 +13,7 @@ from balora_jax import (
     BaloraProjectState,
     Pair,
     balance,
+    balancing_gap,
     balora,
     balora_project,
     check_projection,
@@ -270,6 +271,20 @@ def test_a_pair_far_from_balance_keeps_its_product(condition, dtype, most):
     assert error < most
     assert int(state.untouched) == (error == 0)
     assert int(state.untouched) == (condition > {"float32": 100, "bfloat16": 1.5, "float16": 10}[dtype])
+
+
+@pytest.mark.parametrize(("least_ratio", "waits"), [(0, False), (jnp.float32(0), False), (1e-9, True), (0.03, True)])
+def test_without_a_least_ratio_the_first_step_is_balanced_too(least_ratio, waits):
+    """As in arXiv 2605.31484: from `B = 0` the gradient of A is zero, and B alone moves."""
+    rng = np.random.default_rng(0)
+    lora_a, step = rng.standard_normal((9, 3)), 0.1 * rng.standard_normal((3, 7))
+    params = {"lora_a": jnp.asarray(lora_a, jnp.float32), "lora_b": jnp.zeros((3, 7))}
+    updates = {"lora_a": jnp.zeros((9, 3)), "lora_b": jnp.asarray(step, jnp.float32)}
+    tx = balora_project(least_ratio=least_ratio)
+    updates, state = tx.update(updates, tx.init(params), params)
+    new = optax.apply_updates(params, updates)
+    assert bool(balancing_gap(**new) > 0.1) == waits == bool(state.waiting)
+    np.testing.assert_allclose(new["lora_a"] @ new["lora_b"], lora_a @ step, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
