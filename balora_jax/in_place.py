@@ -9,6 +9,9 @@ from jax import lax
 
 Value = TypeVar("Value")
 
+SELDOM = "seldom"
+"""Name scope of what runs only for pairs that the ordinary way does not do for."""
+
 
 def update_if(condition: jax.Array, update: Callable[[Value], Value], value: Value) -> Value:
     """Returns `update(value)` where a scalar condition holds, else `value`.
@@ -21,4 +24,5 @@ def update_if(condition: jax.Array, update: Callable[[Value], Value], value: Val
     def once(carry):
         return jnp.zeros((), bool), update(carry[1])
 
-    return lax.while_loop(lambda carry: carry[0], once, (condition, value))[1]
+    with jax.named_scope(SELDOM):
+        return lax.while_loop(lambda carry: carry[0], once, (condition, value))[1]

@@ -23,7 +23,7 @@ from balora_jax.gauge import (
     select,
     turned,
 )
-from balora_jax.in_place import update_if
+from balora_jax.in_place import SELDOM, update_if
 from balora_jax.repair import repair
 from balora_jax.rounding import MOST_CONDITION, cancellation, carries, condition
 from balora_jax.status import Evidence
@@ -141,7 +141,8 @@ def solve(grams: Grams, usable: jax.Array, gauge: str, route: str, precision: ja
             solution = jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, first, 0), solution, one)
             return todo.at[first].set(False), solution
 
-        return lax.while_loop(lambda carry: carry[0].any(), one_exactly, (~solution.sufficient, solution))[1]
+        with jax.named_scope(SELDOM):
+            return lax.while_loop(lambda carry: carry[0].any(), one_exactly, (~solution.sufficient, solution))[1]
 
     if route == "exact" or gauge != "svd":
         return exact(*grams, usable)

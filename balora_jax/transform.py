@@ -14,6 +14,9 @@ from balora_jax.status import COUNTED, Status, is_skipped, is_untouched
 from balora_jax.transport import check_movable, move_state
 from balora_jax.trees import path_text
 
+PROJECTION = "balora_projection"
+"""Name scope of all that comes after the optimizer's step, in profiles and in compiled programs."""
+
 
 class BaloraProjectState(NamedTuple):
     """State of `balora_project`. Counts of pairs are of the last projection; the last axis of `status` is summed up.
@@ -344,6 +347,7 @@ def _projection(find, gauge, route, every, start_step, least_ratio, transport):
     _check_share("least_ratio", least_ratio)
     always = isinstance(every, int) and every == 1 and isinstance(start_step, int) and start_step == 0
 
+    @jax.named_scope(PROJECTION)
     def update_fn(updates, state, params, moments):
         if params is None:
             raise ValueError("the projection needs the parameters: call `update(updates, state, params)`")
