@@ -1,23 +1,37 @@
-"""What a run will take, from shapes alone: parameters, optimizer state, and the memory of the compiled step."""
+"""What a run will take, from shapes alone: parameters, optimizer state, memory and time of the compiled step."""
 
 import math
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from flax import nnx
-from rich.table import Table
+from jax.sharding import SingleDeviceSharding
 
 from balora_jax.errors import ConfigError
 from balora_jax.settings import Config
+from balora_jax.training.hlo import Program as CompiledProgram
 from balora_jax.training.loading import load_shapes
-from balora_jax.training.memory import NO_MACHINE, StepMemory, check_step, shown, step_memory
+from balora_jax.training.memory import NO_MACHINE, StepMemory, check_step, step_memory
 from balora_jax.training.program import Program, abstract_batch
+from balora_jax.training.roofline import Roofline, roofline
+from balora_jax.training.targets import Target
+from balora_jax.transform import PROJECTION
 
+Options = dict[str, str | bool | int]
+
+# Machine code is not run here, so it need not be fast; the memory is that of a program that is.
+_QUICK: Options = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
 # Keeps the compiler from widening all bfloat16 weights to float32 at once, which it does for CPUs.
-_NARROW: dict[str, str | bool] = {
+_NARROW: Options = {
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"
 }
 
@@ -32,10 +46,14 @@ class Estimate:
         trained: number and bytes of the trained parameters of one run.
         opt_state: number and bytes of the numbers in the optimizer's state of one run.
         members: number of runs that are trained together.
-        step: memory of a step of all of them, as compiled for this device.
+        held: bytes that each device holds between steps, by what they are, of all runs together.
+        step: memory of a step on each device, as compiled for it; of a program that does not fit, as far as it is told.
         narrow_step: for a base or activations in bfloat16 on a CPU: the same without the float32 copies of all weights
             that only CPUs make; else None.
         device: for which the step was compiled.
+        tokens: that a step takes, of all devices and runs together.
+        whole: what a step does on each device of a target, and how long that takes; None without a target.
+        projection: the same of the part that balances.
         seconds: that compiling it took.
     """
 
@@ -44,100 +62,87 @@ class Estimate:
     trained: tuple[int, int]
     opt_state: tuple[int, int]
     members: int
+    held: dict[str, int]
     step: StepMemory
     narrow_step: StepMemory | None
     device: str
+    tokens: int
+    whole: Roofline | None
+    projection: Roofline | None
     seconds: float
 
 
-def estimate(members: Sequence[Config]) -> Estimate:
+def estimate(members: Sequence[Config], target: Target | None = None) -> Estimate:
     """Estimates what runs that are trained together will take; no weight is read, and nothing is computed.
 
     Args:
         members: their configs, which differ in numeric fields alone. Their model's folder need hold `config.json` only.
+        target: the accelerators to compile for, which need not be there; None for the first device that is.
 
     Raises:
-        ConfigError: there is no such model, or adapters do not go on it.
+        ConfigError: there is no such model, adapters do not go on it, or there is no compiler for the target.
 
     Notes:
-        The compiler's figures are those of one device without sharding. What evaluation and generation take is not
-        among them, nor is what the device itself reserves.
+        What evaluation and generation take is not among the figures, nor is what the device itself reserves.
     """
-    config = members[0]
+    config, training = members[0], members[0].training
     model = load_shapes(config.model)
     check_step(config, model.config, members=len(members), length=config.data.length, limit=NO_MACHINE)
+    device = target.devices()[0] if target else jax.devices()[0]
     try:
         program = Program(config, model)
         states = program.abstract_state(members)
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
-    training = config.training
-    rows = (len(members), training.accumulate, training.batch_size)
+    batch = abstract_batch(len(members), training.accumulate, training.batch_size, config.data.length)
+    arguments = _on((states, program.base, batch), SingleDeviceSharding(device))
+    platform = target.chip.platform if target else device.platform
     start = time.perf_counter()
-    lowered = program.step.lower(states, program.base, abstract_batch(*rows, config.data.length))
-    compiled = lowered.compile()
+    lowered = program.step.trace(*arguments).lower(lowering_platforms=(platform,))
+    on_cpu = platform == "cpu"
+    options = target.compiler_options if target else _QUICK if on_cpu else {}
+    states, base, batch = arguments
+    held = {
+        "base": _held(base),
+        "adapters": _held(states.adapters),
+        "optimizer state": _held(states.opt_state),
+    }
+    rest = _held(arguments) - sum(held.values())
+    step, text = _compiled(lowered.compile, options, sum(held.values()) + rest)
     seconds = time.perf_counter() - start
-    device = jax.devices()[0]
-    widened = device.platform == "cpu" and "bfloat16" in (config.model.dtype, config.model.param_dtype)
+    narrow = None
+    if on_cpu and "bfloat16" in (config.model.dtype, config.model.param_dtype):
+        narrow, _ = _compiled(lowered.compile, options | _NARROW, 0)
     adapters: dict[str, tuple[tuple[int, ...], ...]] = {}
     for key, leaf in nnx.to_flat_state(states.adapters):
         path = ".".join(map(str, key[:-1]))
         adapters[path] = (*adapters.get(path, ()), leaf.shape[1:])
+    compiled = CompiledProgram(text) if target and text else None
     return Estimate(
-        base=_size(program.base),
+        base=_size(base),
         adapters=adapters,
         trained=_size(states.adapters, len(members)),
         opt_state=_size(states.opt_state, len(members)),
         members=len(members),
-        step=_memory(compiled),
-        narrow_step=_memory(lowered.compile(compiler_options=_NARROW)) if widened else None,
-        device=device.device_kind,
+        held=held | {"batch and counters": rest},
+        step=step,
+        narrow_step=narrow,
+        device=str(target) if target else device.device_kind,
+        tokens=math.prod(batch["tokens"].shape),
+        whole=roofline(compiled, target) if target and compiled else None,
+        projection=roofline(compiled, target, within=PROJECTION) if target and compiled else None,
         seconds=seconds,
     )
 
 
-def report(found: Mapping[str, Estimate]) -> list[Table]:
-    """Returns estimates as tables: what is trained, once for populations that train the same, and what each takes.
-
-    Args:
-        found: the estimates by the names of their populations.
-    """
-    trained: dict[Any, list[str]] = {}
-    for name, one in found.items():
-        trained.setdefault((one.base, tuple(one.adapters.items())), []).append(name)
-    return [*(_trained_table(names, found[names[0]]) for names in trained.values()), _memory_table(found)]
+def _on(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """The shapes of a tree, with a sharding."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def _trained_table(names: Sequence[str], found: Estimate) -> Table:
-    table = Table(title=", ".join(names), title_justify="left", show_header=False)
-    table.add_column(overflow="fold")
-    table.add_column(justify="right")
-    table.add_column(justify="right")
-    table.add_row("parameters of the base", f"{found.base[0]:,}", shown(found.base[1]), end_section=True)
-    for path, shapes in found.adapters.items():
-        size = sum(map(math.prod, shapes))
-        table.add_row(f"{path}: {' + '.join(map(str, shapes))}", f"{size:,}", shown(4 * size))  # float32
-    share = f"trained parameters of a run ({found.trained[0] / found.base[0]:.2%} of the base)"
-    table.add_row(share, f"{found.trained[0]:,}", shown(found.trained[1]))
-    return table
-
-
-def _memory_table(found: Mapping[str, Estimate]) -> Table:
-    device = next(iter(found.values())).device
-    table = Table(title=f"memory of a step on {device}; optimizer state: of one run", title_justify="left")
-    table.add_column("population", overflow="fold")
-    narrow = any(one.narrow_step for one in found.values())
-    names = "runs together", "optimizer state", "base, states, batch", "temporaries", "peak"
-    for name in (*names, *["peak without float32 copies"] * narrow, "compiled in"):
-        table.add_column(name, justify="right")
-    for population, one in found.items():
-        sizes = [one.opt_state[1], one.step.arguments, one.step.temporaries, one.step.peak]
-        sizes += [one.narrow_step.peak] if one.narrow_step else []
-        table.add_row(population, str(one.members), *map(shown, sizes), f"{one.seconds:.0f} s")
-    if narrow:
-        table.caption = "float32 copies: of all weights, which compilers for CPUs alone make of those in bfloat16"
-        table.caption_justify = "left"
-    return table
+def _held(tree: Any) -> int:
+    """The bytes of a tree on each device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _size(tree: Any, members: int = 1) -> tuple[int, int]:
@@ -146,8 +151,17 @@ def _size(tree: Any, members: int = 1) -> tuple[int, int]:
     return sum(x.size for x in leaves) // members, sum(x.size * x.dtype.itemsize for x in leaves) // members
 
 
-def _memory(compiled: jax.stages.Compiled) -> StepMemory:
-    found = step_memory(compiled)
-    if found is None:
-        raise ConfigError(f"the compiler for {jax.devices()[0].device_kind} does not tell the memory of a program")
-    return found
+def _compiled(compile_: Callable[..., jax.stages.Compiled], options: Options, held: int) -> tuple[StepMemory, str]:
+    """The memory of a step and the text of its program, which is empty if the program does not fit."""
+    try:
+        compiled = compile_(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:  # the compiler for TPUs refuses such programs
+        found = re.search(r"(Used |temporaries \()([\d.]+)([KMG])", str(error))
+        if found is None:
+            raise
+        used = int(float(found[2]) * 1024 ** " KMG".index(found[3]))
+        return StepMemory(held, used - held if found[1] == "Used " else used), ""
+    memory = step_memory(compiled)
+    if memory is None:
+        raise ConfigError("the compiler does not tell the memory of a program for this device")
+    return memory, compiled.as_text() or ""

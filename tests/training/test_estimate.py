@@ -11,8 +11,10 @@ import pytest
 from balora_jax.adapters import iter_adapters
 from balora_jax.cli import main
 from balora_jax.models.weights import load_decoder
-from balora_jax.training import ConfigError
+from balora_jax.training import ConfigError, targets
 from balora_jax.training.estimate import estimate
+from balora_jax.training.estimate_tables import seconds
+from balora_jax.training.loading import load_shapes
 from balora_jax.training.program import Program
 
 
@@ -80,7 +82,8 @@ def test_the_command_prints_it_before_any_weight_is_there(bare_folder, tmp_path,
     printed = capsys.readouterr().out
     assert "layers.self_attn.q_proj: (2, 16, 2) + (2, 2, 16)" in printed
     assert "layers.self_attn.o_proj" in printed
-    assert re.search(r"lora_ga +│ +3 │", printed)
+    assert re.search(r"┃ +lora_ga ┃", printed)
+    assert re.search(r"runs together +│ +3 │", printed)
     assert "trained parameters" in printed
     assert "256" in printed  # 2 targets of 2 layers, each (16 + 16) x 2
     assert main(["estimate", str(file), "--output", "somewhere"]) == 2
@@ -100,3 +103,57 @@ def test_what_cannot_be_run_cannot_be_estimated(changes, message, members):
 def test_a_missing_model_is_named(config, tmp_path):
     with pytest.raises(ConfigError, match=r"model\.path: .*absent must be a model folder"):
         estimate([at(config, tmp_path / "absent")])
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """An accelerator for which the compiler at hand does."""
+    chip = dataclasses.replace(targets.CHIPS["h100"], platform="cpu", memory=2**20)
+    monkeypatch.setattr(targets, "CHIPS", {"pretended": chip})
+    monkeypatch.setattr(targets.Target, "devices", lambda self: jax.devices())
+    return chip
+
+
+def test_time_of_a_step_on_a_target(members, bare_folder, pretended):
+    config = at(members(method="balora", adapter__rank=2), bare_folder)
+    found = estimate([config], targets.parse_target("pretended:1"))
+    rows, length = config.training.batch_size, config.data.length
+    shape = load_shapes(config.model)
+    layers = 2 * rows * length * sum(leaf.size for leaf in jax.tree.leaves(shape.layers))
+    head = 2 * rows * length * shape.embed_tokens.embedding.size
+    scores = 4 * rows * length**2 * shape.config.num_hidden_layers * shape.config.num_attention_heads
+    attention = scores * shape.config.head_dim
+    assert found.tokens == rows * length
+    # forward and back at the least; at the most with a second forward pass, and as much for the adapters
+    assert 2 * layers < found.whole.work.products["float32"] < 2 * 3 * layers + 4 * (head + attention)
+    assert found.whole.compute >= found.whole.work.products["float32"] / pretended.peak["float32"]
+    assert found.whole.work.bytes > found.base[1] + found.trained[1] + found.opt_state[1]
+    assert 0 < found.projection.slowest < found.whole.slowest
+    assert found.held["base"] == found.base[1]
+    assert found.held["optimizer state"] == found.opt_state[1]
+    assert sum(found.held.values()) == pytest.approx(found.step.arguments, rel=0.02)
+    plain = estimate([at(members(method="lora", adapter__rank=2), bare_folder)], targets.parse_target("pretended:1"))
+    assert plain.projection.slowest == 0
+
+
+def test_the_command_tells_what_does_not_fit(bare_folder, tmp_path, capsys, pretended):
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from balora_jax.training import *\n"
+        f"config = Config(name='dry', model=ModelSettings(path={str(bare_folder)!r}))\n"
+    )
+    options = "--target pretended:1 --adapter.rank 2 --data.length 48"
+    assert main(["estimate", str(file), *options.split()]) == 0
+    printed = capsys.readouterr().out
+    assert "a step on pretended:1, for each device" in printed
+    assert re.search(r"peak, of 1 MiB +│ +\d+ MiB, does not fit", printed)
+    for row in ("traffic with the memory", "time of launches", "bound by", "tokens per second", "balancing, of a step"):
+        assert row in printed
+    assert "reckoned, not measured" in printed
+    assert main(["estimate", str(file), "--target"]) == 2
+    assert main(["estimate", str(file), "--target", "h101:8"]) == 2
+    assert "--target must be cpu or one of" in capsys.readouterr().err
+
+
+def test_times_as_people_write_them():
+    assert list(map(seconds, (2.0, 0.0314, 5e-6, 0.0))) == ["2 s", "31.4 ms", "5 us", "0 us"]
