@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN = $(VENV)/bin
 
-.PHONY: quickstart dev check test parity docs wheel
+.PHONY: quickstart dev check test parity accelerators docs wheel
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -27,6 +27,16 @@ check: $(VENV)/installed-test
 parity: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,parity]'
 	$(BIN)/python -m pytest tests/*/test_*_parity.py
+
+# XLA's compilers for TPUs and NVIDIA GPUs, for tests/accelerators; kept apart, as JAX would look for such devices.
+accelerators: $(VENV)/compilers
+	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/compilers $(BIN)/python -m pytest tests/accelerators
+
+$(VENV)/compilers: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ \
+		$$($(BIN)/python -c 'from importlib.metadata import requires, version as of; \
+			print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")), \
+			"jax-cuda13-plugin==" + of("jax"), "jax-cuda13-pjrt==" + of("jax"))')
 
 docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'

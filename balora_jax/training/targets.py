@@ -104,12 +104,13 @@ NODE = 8
 """GPUs that NVLink connects."""
 
 _AXES = {"v5e": 2, "v5p": 3, "v6e": 2}
-_QUIET = {  # libtpu asks for these on standard error where there is no TPU
+_WITHOUT_TPU = {  # what libtpu asks for on standard error otherwise, and a lock for one process at a time
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "TPU_MIN_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 # Nothing can be measured, so the compiler must not choose by measuring; its own kernels for products would need that.
@@ -175,7 +176,7 @@ class Target:
         )
 
     def _tpus(self):
-        for name, value in _QUIET.items():
+        for name, value in _WITHOUT_TPU.items():
             os.environ.setdefault(name, value)
         padded = (*self.shape, 1, 1)[:3]
         bounds = {} if self.size >= 4 else {"chips_per_host_bounds": list(padded)}

@@ -19,6 +19,7 @@ _PIECES = ("dynamic-slice", "slice", "gather")  # of which no more is read than 
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
     *("opt-barrier", "add-dependency", "iota"),
+    *("AllocateBuffer", "ConcatBitcast"),  # targets of custom calls
 }
 
 
@@ -86,9 +87,7 @@ def _launched(program: Program, name: str, times: int, loops: int) -> Iterator[t
         elif opcode in ("call", "async-start"):
             called = instruction.called("to_apply") or instruction.called("calls")
             yield from _launched(program, called, times, loops)
-        elif (
-            opcode not in _FREE and not opcode.endswith(("-done", "-update")) and instruction.target != "AllocateBuffer"
-        ):
+        elif opcode not in _FREE and not opcode.endswith(("-done", "-update")) and instruction.target not in _FREE:
             yield instruction, computation, times
 
 
