@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from balora_jax.commands.arguments import Flag, read_config
 from balora_jax.console import PlainConsole
+from balora_jax.errors import ConfigError
 from balora_jax.training.config import expand
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ _OWN = {
         "v5p:2x2x4; or cpu",
         "accelerators, as h100:8",
     ),
+    "--search": Flag("with --target: tries all meshes (parallel.data, fsdp, tensor), and shows the fastest first"),
 }
 
 
@@ -25,13 +27,19 @@ def main(arguments: list[str]) -> int:
     target = _read_target(own.get("--target"))  # before anything is computed
     runs = expand(config, sweep)
     from balora_jax.training import results  # heavy, as what follows: after the cheap mistakes
-    from balora_jax.training.estimate import estimate
-    from balora_jax.training.estimate_tables import report
+    from balora_jax.training.estimate import estimate, search
+    from balora_jax.training.estimate_tables import report, search_table
     from balora_jax.training.populations import sort_into_populations
 
     console = PlainConsole(width=max(PlainConsole().width, results.TABLE_WIDTH))
-    populations = sort_into_populations(runs).items()
-    found = {name: estimate(tuple(members.values()), target) for name, members in populations}
+    populations = sort_into_populations(runs)
+    if "--search" in own:
+        if target is None:
+            raise ConfigError("--search needs accelerators: --target h100:8, say")
+        for name, members in populations.items():
+            console.print(name, search_table(search(tuple(members.values()), target), target))
+        return 0
+    found = {name: estimate(tuple(members.values()), target) for name, members in populations.items()}
     for table in report(found, target):
         console.print(table)
     return 0

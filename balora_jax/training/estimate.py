@@ -1,19 +1,21 @@
 """What a run will take, from shapes alone: parameters, optimizer state, memory and time of the compiled step."""
 
+import itertools
 import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from balora_jax.errors import ConfigError
 from balora_jax.settings import Config
 from balora_jax.training.hlo import Program as CompiledProgram
+from balora_jax.training.layout import Layout, layout_of
 from balora_jax.training.loading import load_shapes
 from balora_jax.training.memory import NO_MACHINE, StepMemory, check_step, step_memory
 from balora_jax.training.program import Program, abstract_batch
@@ -47,10 +49,12 @@ class Estimate:
         opt_state: number and bytes of the numbers in the optimizer's state of one run.
         members: number of runs that are trained together.
         held: bytes that each device holds between steps, by what they are, of all runs together.
-        step: memory of a step on each device, as compiled for it; of a program that does not fit, as far as it is told.
+        step: memory of a step on each device, as compiled for it. Of a program that does not fit as far as it is told,
+            and without temporaries where even the arguments do not fit.
         narrow_step: for a base or activations in bfloat16 on a CPU: the same without the float32 copies of all weights
             that only CPUs make; else None.
         device: for which the step was compiled.
+        mesh: the parts of the devices along `data`, `fsdp` and `tensor`.
         tokens: that a step takes, of all devices and runs together.
         whole: what a step does on each device of a target, and how long that takes; None without a target.
         projection: the same of the part that balances.
@@ -66,6 +70,7 @@ class Estimate:
     step: StepMemory
     narrow_step: StepMemory | None
     device: str
+    mesh: tuple[int, ...]
     tokens: int
     whole: Roofline | None
     projection: Roofline | None
@@ -88,15 +93,16 @@ def estimate(members: Sequence[Config], target: Target | None = None) -> Estimat
     config, training = members[0], members[0].training
     model = load_shapes(config.model)
     check_step(config, model.config, members=len(members), length=config.data.length, limit=NO_MACHINE)
-    device = target.devices()[0] if target else jax.devices()[0]
+    devices = target.devices() if target else jax.devices()
+    layout = layout_of(config, model, members=len(members), devices=devices)
     try:
-        program = Program(config, model)
+        program = Program(config, model, layout)
         states = program.abstract_state(members)
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
     batch = abstract_batch(len(members), training.accumulate, training.batch_size, config.data.length)
-    arguments = _on((states, program.base, batch), SingleDeviceSharding(device))
-    platform = target.chip.platform if target else device.platform
+    arguments = _placed((states, program.base, batch), layout, devices[0])
+    platform = target.chip.platform if target else devices[0].platform
     start = time.perf_counter()
     lowered = program.step.trace(*arguments).lower(lowering_platforms=(platform,))
     on_cpu = platform == "cpu"
@@ -108,7 +114,10 @@ def estimate(members: Sequence[Config], target: Target | None = None) -> Estimat
         "optimizer state": _held(states.opt_state),
     }
     rest = _held(arguments) - sum(held.values())
-    step, text = _compiled(lowered.compile, options, sum(held.values()) + rest)
+    if target and _held(arguments) > target.chip.memory:  # no need to know by how much more
+        step, text = StepMemory(_held(arguments), 0), ""
+    else:
+        step, text = _compiled(lowered.compile, options, _held(arguments))
     seconds = time.perf_counter() - start
     narrow = None
     if on_cpu and "bfloat16" in (config.model.dtype, config.model.param_dtype):
@@ -127,7 +136,8 @@ def estimate(members: Sequence[Config], target: Target | None = None) -> Estimat
         held=held | {"batch and counters": rest},
         step=step,
         narrow_step=narrow,
-        device=str(target) if target else device.device_kind,
+        device=str(target) if target else devices[0].device_kind,
+        mesh=tuple(layout.mesh.shape.values()) if layout else (1, 1, 1),
         tokens=math.prod(batch["tokens"].shape),
         whole=roofline(compiled, target) if target and compiled else None,
         projection=roofline(compiled, target, within=PROJECTION) if target and compiled else None,
@@ -135,9 +145,62 @@ def estimate(members: Sequence[Config], target: Target | None = None) -> Estimat
     )
 
 
-def _on(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """The shapes of a tree, with a sharding."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def search(members: Sequence[Config], target: Target) -> dict[tuple[int, ...], Estimate]:
+    """Estimates a step on every mesh that takes all devices of a target and divides the rows and the weights.
+
+    Args:
+        members: as for `estimate`; their own mesh plays no part.
+        target: the accelerators.
+
+    Returns:
+        The estimates by the parts along `data`, `fsdp` and `tensor`: the fastest first, and last what does not fit.
+
+    Raises:
+        ConfigError: as `estimate`, or no mesh divides them.
+    """
+    config, devices = members[0], target.devices()
+    model = load_shapes(config.model)
+    found: dict[tuple[int, ...], Estimate] = {}
+    refused: ConfigError | None = None
+    for fsdp, tensor in itertools.product(_divisors(target.size), repeat=2):
+        data, rest = divmod(target.size, fsdp * tensor)
+        if rest:
+            continue
+        parallel = replace(config.parallel, data=data, fsdp=fsdp, tensor=tensor)
+        tried = [replace(member, parallel=parallel) for member in members]
+        try:
+            layout_of(tried[0], model, members=len(members), devices=devices)
+        except ConfigError as error:
+            refused = error
+        else:
+            found[data, fsdp, tensor] = estimate(tried, target)
+    if not found:
+        raise ConfigError(f"no mesh of {target} does: {refused}")
+
+    def slowness(mesh: tuple[int, ...]) -> tuple[bool, float]:
+        one = found[mesh]
+        fits = one.step.peak <= target.chip.memory and one.whole is not None
+        return not fits, one.whole.slowest if one.whole else one.step.peak
+
+    return {mesh: found[mesh] for mesh in sorted(found, key=slowness)}
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _placed(arguments: Any, layout: Layout | None, device: Any) -> Any:
+    """The shapes of the arguments of a step, with their shardings."""
+    shardings: Any = SingleDeviceSharding(device)
+    if layout:
+        states, base, batch = arguments
+        weights = [layout.weight(".".join(map(str, path)), leaf) for path, leaf in nnx.to_flat_state(base)]
+        base_shardings = jax.tree.unflatten(jax.tree.structure(base), weights)
+        shardings = layout.state(states), base_shardings, jax.tree.map(lambda _: layout.batch(), batch)
+    shardings = jax.tree.broadcast(shardings, arguments, is_leaf=lambda x: isinstance(x, Sharding))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments, shardings
+    )
 
 
 def _held(tree: Any) -> int:

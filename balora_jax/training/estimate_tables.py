@@ -11,6 +11,12 @@ from balora_jax.training.memory import shown
 from balora_jax.training.roofline import Roofline
 from balora_jax.training.targets import Target
 
+RECKONED = (
+    "reckoned, not measured: every part at the peak that the vendor states, and the parts of a step at once "
+    "(the faster number) or one after the other"
+)
+"""What every table of times says."""
+
 
 def report(found: Mapping[str, Estimate], target: Target | None = None) -> list[Table]:
     """Returns estimates as tables: what is trained, once for populations that train the same, and what each takes.
@@ -42,6 +48,8 @@ def step_table(found: Mapping[str, Estimate], target: Target | None = None) -> T
         table.add_row(title, *map(cell, ones), end_section=last)
 
     row("runs together", lambda one: str(one.members))
+    if any(math.prod(one.mesh) > 1 for one in ones):
+        row("data x fsdp x tensor", lambda one: " x ".join(map(str, one.mesh)))
     for part in ones[0].held:
         row(part, lambda one, part=part: shown(one.held[part]))  # type: ignore[misc]
     row("temporaries", lambda one: shown(one.step.temporaries))
@@ -59,10 +67,7 @@ def step_table(found: Mapping[str, Estimate], target: Target | None = None) -> T
             row(title, lambda one, key=(kind, far): shown(one.whole.work.sent.get(key, 0)) if one.whole else "")  # type: ignore[misc]
         for title, tell in _TIMES.items():
             row(title, lambda one, tell=tell: tell(one, one.whole) if one.whole else "")  # type: ignore[misc]
-        table.caption = (
-            "reckoned, not measured: every part at the peak that the vendor states, and the parts of a step at once "
-            "(the faster number) or one after the other"
-        )
+        table.caption = RECKONED
     row("compiled in", lambda one: f"{one.seconds:.0f} s")
     table.caption_justify = "left"
     return table
@@ -85,6 +90,26 @@ _TIMES: Mapping[str, Callable[[Estimate, Roofline], str]] = {
         f"{one.projection.slowest / whole.slowest:.2%}" if one.projection else ""
     ),
 }
+
+
+def search_table(found: Mapping[tuple[int, ...], Estimate], target: Target) -> Table:
+    """Returns the meshes that were tried, in order.
+
+    Args:
+        found: the estimates by the parts along `data`, `fsdp` and `tensor`.
+        target: for which they were made.
+    """
+    table = Table(title=f"meshes of {target}, the fastest first", title_justify="left")
+    for title in ("data x fsdp x tensor", "peak", "sent in a step", "a step", "bound by", "tokens per second"):
+        table.add_column(title, justify="right")
+    for mesh, one in found.items():
+        cells = [" x ".join(map(str, mesh)), _peak(one.step.peak, target.chip.memory)]
+        if one.whole:
+            cells.append(shown(sum(one.whole.work.sent.values())))
+            cells += [_TIMES[title](one, one.whole) for title in ("a step", "bound by", "tokens per second")]
+        table.add_row(*cells)
+    table.caption, table.caption_justify = RECKONED, "left"
+    return table
 
 
 def seconds(number: float) -> str:

@@ -234,7 +234,28 @@ def _group(rest: str) -> list[int]:
     """The devices of the first of the groups that exchange something."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return numbers(listed[1])
-    shape, over, order = match(r"replica_groups=\[([\d,]*)\]<=\[([\d,]*)\](?:T\(([\d,]*)\))?", rest).groups()
-    devices = np.arange(prod(numbers(over))).reshape(numbers(over))
-    devices = devices.transpose(numbers(order)) if order else devices
-    return devices.reshape(numbers(shape)[0], -1)[0].tolist()
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))? ?\{([^}]*)\}", rest):
+        return _along_axes(dict(re.findall(r"'([^']*)'=(\d+)", named[1])), named[2] or "", named[3])
+    shape, devices = match(r"replica_groups=\[([\d,]*)\]<=(\[[\d,]*\](?:T\([\d,]*\))?)", rest).groups()
+    return _counted(devices).reshape(numbers(shape)[0], -1)[0].tolist()
+
+
+def _counted(text: str) -> np.ndarray:
+    """The devices `[2,4]T(1,0)`: counted in that shape, and its axes in that order; or a list of them."""
+    shape, _, order = text.partition("T")
+    if not shape.startswith("["):
+        return np.array(numbers(text))
+    devices = np.arange(prod(numbers(shape))).reshape(numbers(shape))
+    return devices.transpose(numbers(order)) if order else devices
+
+
+def _along_axes(sizes: dict[str, str], devices: str, axes: str) -> list[int]:
+    """The devices along some axes of a mesh, or along a part of an axis, `'name':(parts before)parts`."""
+    places = {name: [0] for name in sizes}
+    for name, before, part in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", axes):
+        count = int(part or sizes[name])
+        step = int(sizes[name]) // (count * int(before or 1))
+        places[name] = [step * place for place in range(count)]
+    shape = [int(size) for size in sizes.values()]
+    mesh = (_counted(devices) if devices else np.arange(prod(shape))).reshape(shape)
+    return mesh[np.ix_(*places.values())].ravel().tolist()

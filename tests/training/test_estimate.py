@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from processes import run_alone
 
 from balora_jax.adapters import iter_adapters
 from balora_jax.cli import main
@@ -136,6 +137,42 @@ def test_time_of_a_step_on_a_target(members, bare_folder, pretended):
     assert plain.projection.slowest == 0
 
 
+def test_search_tries_the_meshes_and_shows_the_fastest_first(bare_folder):
+    """On two devices; three rows cannot be cut in two, so that only the weights can be."""
+    printed = run_alone(
+        f"""
+        import dataclasses, jax
+        from balora_jax.training import *
+        from balora_jax.training import targets
+        from balora_jax.training.estimate import estimate, search
+        from balora_jax.training.targets import CHIPS, Target, parse_target
+
+        targets.CHIPS = {{"pretended": dataclasses.replace(CHIPS["h100"], platform="cpu", launch=0)}}
+        Target.devices = lambda self: jax.devices()[:self.size]
+        config = Config(
+            name="dry", model=ModelSettings(path={str(bare_folder)!r}), adapter=AdapterSettings(rank=2),
+            data=DataSettings(length=48), training=TrainingSettings(batch_size=4),
+        )
+        found = search([config], parse_target("pretended:2"))
+        assert set(found) == {{(2, 1, 1), (1, 2, 1), (1, 1, 2)}}, found.keys()
+        slowest = [one.whole.slowest for one in found.values()]
+        assert slowest == sorted(slowest)
+        whole = estimate([config], parse_target("pretended:1"))
+        for mesh, one in found.items():
+            assert one.mesh == mesh and one.tokens == whole.tokens
+            sent = sum(one.whole.work.sent.values())
+            assert sent > 0 and abs(one.whole.network * CHIPS["h100"].link / sent - 1) < 1e-9
+            assert 0.4 < sum(one.whole.work.products.values()) / sum(whole.whole.work.products.values()) < 0.8
+            assert (one.held["base"] < 0.9 * whole.held["base"]) == (mesh != (2, 1, 1))
+        config = dataclasses.replace(config, training=TrainingSettings(batch_size=3))
+        print(*search([config], parse_target("pretended:2")))
+        """,
+        flags="--xla_force_host_platform_device_count=2",
+    )
+    assert "(1, 1, 2)" in printed
+    assert "(2, 1, 1)" not in printed
+
+
 def test_the_command_tells_what_does_not_fit(bare_folder, tmp_path, capsys, pretended):
     file = tmp_path / "config.py"
     file.write_text(
@@ -150,6 +187,8 @@ def test_the_command_tells_what_does_not_fit(bare_folder, tmp_path, capsys, pret
     for row in ("traffic with the memory", "time of launches", "bound by", "tokens per second", "balancing, of a step"):
         assert row in printed
     assert "reckoned, not measured" in printed
+    assert main(["estimate", str(file), "--search"]) == 2
+    assert "--search needs accelerators" in capsys.readouterr().err
     assert main(["estimate", str(file), "--target"]) == 2
     assert main(["estimate", str(file), "--target", "h101:8"]) == 2
     assert "--target must be cpu or one of" in capsys.readouterr().err

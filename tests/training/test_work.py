@@ -75,6 +75,12 @@ def test_what_lies_on_the_chip_is_no_traffic():
 GROUPS = {
     "listed": ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4, False),
     "counted": ("replica_groups=[2,4]<=[8]", 4, False),
+    "named": ("replica_groups=mesh['a'=2,'b'=4] {'b'}", 4, False),
+    "named across": ("replica_groups=mesh['a'=2,'b'=4] {'a'}", 2, True),
+    "named in order": ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", 2, False),
+    "named in a list": ("replica_groups=mesh['a'=4,'b'=2], device_ids=(0,4,1,5,2,6,3,7) {'b'}", 2, True),
+    "part of an axis": ("replica_groups=mesh['a'=8] {'a':(2)4}", 4, False),
+    "first part of an axis": ("replica_groups=mesh['a'=8] {'a':(1)4}", 4, True),
     "across": ("replica_groups=[4,2]<=[2,4]T(1,0)", 2, True),
 }
 
