@@ -1,0 +1,138 @@
+"""What training takes on accelerators that are not there, reckoned by `balora_jax.training.estimate`.
+
+    pip install 'balora-jax[estimate-gpu,estimate-tpu]'
+    JAX_PLATFORMS=cpu python benchmarks/targets.py [--models M ...] [--targets T ...] [--ranks R ...] [--record FOLDER]
+
+Steps of BaLoRA on the MLPs of published models, of which nothing but the shape is needed: a bfloat16 base whose
+activations are recomputed, rows of 1,024 tokens, 8 rows a device. Of the meshes `data`, `fsdp` and `fsdp x tensor 4`
+the first that fits is taken. Where there is one device, XLA's compiler for CPUs tells the memory of the same program
+too, without the float32 copies that it makes of bfloat16 weights.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from record_files import add_record_flag, with_environment, write
+
+from balora_jax.settings import ParallelSettings
+from balora_jax.training import AdapterSettings, Config, DataSettings, ModelSettings, TrainingSettings
+from balora_jax.training.estimate import Estimate, estimate
+from balora_jax.training.estimate_tables import seconds
+from balora_jax.training.targets import Target, parse_target
+
+GIB = 2**30
+COMMON = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "torch_dtype": "bfloat16"}
+QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rope_theta": 1e6, "vocab_size": 151_936}
+MODELS = {
+    "Qwen2.5-3B": QWEN
+    | {"hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "num_attention_heads": 16}
+    | {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "Llama-3.1-8B": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_theta": 5e5}
+    | {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False},
+    "Qwen2.5-72B": QWEN
+    | {"vocab_size": 152_064, "hidden_size": 8192, "intermediate_size": 29_568, "num_hidden_layers": 80}
+    | {"num_attention_heads": 64, "num_key_value_heads": 8, "tie_word_embeddings": False},
+}
+TARGETS = {"h100:1": "H100", "h100:8": "8 H100", "v5e:4x4": "v5e-16", "v5p:2x4x4": "v5p-64 (32 chips)"}
+
+
+def meshes(devices: int) -> Iterator[ParallelSettings]:
+    """The meshes that are tried, in order."""
+    yield ParallelSettings(data=devices)
+    if devices > 1:
+        yield ParallelSettings(data=1, fsdp=devices)
+        yield ParallelSettings(data=1, fsdp=devices // 4, tensor=4)
+
+
+def first_that_fits(config: Config, target: Target) -> Estimate:
+    """The estimate of a step on the first mesh on which it fits, or on the last."""
+    for parallel in meshes(target.size):
+        found = estimate([replace(config, parallel=parallel)], target)
+        if found.whole and found.step.peak <= target.chip.memory:
+            break
+    return found
+
+
+def row(model: str, folder: Path, rank: int, target: Target) -> dict:
+    """The numbers of one cell."""
+    config = Config(
+        name="targets",
+        method="balora",
+        model=ModelSettings(path=str(folder), dtype="bfloat16", param_dtype="bfloat16", remat=True),
+        adapter=AdapterSettings(rank=rank, alpha=2.0 * rank),
+        data=DataSettings(length=1024),
+        training=TrainingSettings(batch_size=8 * target.size),
+    )
+    found = first_that_fits(config, target)
+    whole, projection = found.whole, found.projection
+    numbers = {
+        "model": model,
+        "rank": rank,
+        "target": str(target),
+        "mesh": found.mesh,
+        "peak_bytes": found.step.peak,
+        "held_bytes": found.held,
+        "memory_bytes": target.chip.memory,
+        "fits": whole is not None and found.step.peak <= target.chip.memory,
+        "compiled_in_seconds": found.seconds,
+    }
+    if whole and projection:
+        numbers |= {
+            "seconds": (whole.fastest, whole.slowest),
+            "parts": whole.parts,
+            "bound": whole.bound,
+            "tokens_per_second": (found.tokens / whole.slowest, found.tokens / whole.fastest),
+            "projection_seconds": projection.parts,
+            "projection_share": projection.slowest / whole.slowest,
+        }
+    if numbers["fits"] and target.size == 1:
+        on_cpu = estimate([config])
+        numbers["peak_bytes_of_compiler_for_cpus"] = (on_cpu.narrow_step or on_cpu.step).peak
+    return numbers
+
+
+def line(numbers: dict) -> str:
+    """A row of the table in docs/devices.md."""
+    cells = [numbers["model"], numbers["rank"], TARGETS.get(numbers["target"], numbers["target"])]
+    cells.append(" x ".join(map(str, numbers["mesh"])))
+    peak = f"{numbers['peak_bytes'] / GIB:.1f} of {numbers['memory_bytes'] / GIB:.1f}"
+    if not numbers["fits"]:
+        cells += [f"{peak}: does not fit", "", "", "", ""]
+    else:
+        least, most = numbers["tokens_per_second"]
+        step = " to ".join(map(seconds, numbers["seconds"]))
+        share = f"{numbers['projection_share']:.2%}"
+        cells += [peak, step, numbers["bound"], f"{least:,.0f} to {most:,.0f}", share]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main() -> None:
+    """Estimates, prints, and records where that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS))
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 128])
+    add_record_flag(parser)
+    options = parser.parse_args()
+    print("| model | rank | on | data x fsdp x tensor | peak, GiB | a step | bound by | tokens / s | balancing |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    rows = []
+    with tempfile.TemporaryDirectory() as root:
+        for model in options.models:
+            folder = Path(root, model)
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps(COMMON | MODELS[model]))
+            for rank in options.ranks:
+                for name in options.targets:
+                    rows.append(row(model, folder, rank, parse_target(name)))
+                    print(line(rows[-1]), flush=True)
+                    write(options.record, "targets.json", with_environment(rows))
+
+
+if __name__ == "__main__":
+    main()
