@@ -36,7 +36,7 @@ $(VENV)/compilers: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ \
 		$$($(BIN)/python -c 'from importlib.metadata import requires, version as of; \
 			print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")), \
-			"jax-cuda13-plugin==" + of("jax"), "jax-cuda13-pjrt==" + of("jax"))')
+			"jax-cuda13-plugin==" + of("jax"), "jax-cuda13-pjrt==" + of("jax"), "nvidia-cudnn-cu13")')
 
 docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'

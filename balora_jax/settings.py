@@ -5,7 +5,7 @@ So the command line tells of a wrong flag before JAX is there. What a setting do
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 Gauge = Literal["svd", "raw_svd", "nearest", "symmetric"]
 METHOD_NAMES = (
@@ -41,6 +41,8 @@ class Option(NamedTuple):
 
 
 Schedule = Literal["constant", "linear", "cosine"]
+Attention = Literal["auto", "blocks", "cudnn", "splash"]
+ATTENTIONS: tuple[str, ...] = get_args(Attention)
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,15 @@ class ModelSettings:
         dtype: dtype of activations and products.
         param_dtype: dtype of the base weights.
         remat: whether activations are recomputed in the backward pass.
+        attention: `"blocks"` everywhere; `"cudnn"` on GPUs, `"splash"` on TPUs, kernels for half precision, with blocks
+            elsewhere; `"auto"` for both where they fit.
     """
 
     path: str = "school-math"
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
+    attention: Attention = "auto"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """One decoder-only transformer for the Llama/Qwen family, with its layers stacked and scanned."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +12,9 @@ from jax.sharding import NamedSharding
 
 from balora_jax.casting import largest
 from balora_jax.models.attention import grouped_attention
+from balora_jax.models.kernels import attend
 from balora_jax.rematerialisation import KEEP_MARKED, KEEP_NOTHING, keep
+from balora_jax.settings import ATTENTIONS
 from balora_jax.sharding import rows_at
 
 SIZES = (
@@ -73,6 +77,7 @@ class DecoderConfig:
         dtype: dtype of activations and products.
         param_dtype: dtype in which the base weights are stored.
         remat: whether the backward pass computes each block again from its input, or keeps the outputs of its products.
+        attention: which program attends, see `balora_jax.models.kernels.attend`.
 
     Raises:
         ValueError: a number is out of its range.
@@ -95,6 +100,7 @@ class DecoderConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: bool = False
+    attention: str = "auto"
 
     def __post_init__(self):
         for name in SIZES:
@@ -108,6 +114,8 @@ class DecoderConfig:
                 f"num_key_value_heads must divide num_attention_heads ({self.num_attention_heads}), "
                 f"got {self.num_key_value_heads}"
             )
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {self.attention!r}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for the rotary embedding, got {self.head_dim}")
         if self.sliding_window is not None and not 1 <= self.sliding_window < 2**31:
@@ -134,7 +142,7 @@ class _Tokens(NamedTuple):
     """What a block needs to know of the tokens beside their hidden states."""
 
     rotation: tuple[jax.Array, jax.Array]  # cosines, sines: (batch, length, head_dim)
-    mask: jax.Array  # (batch, length, keys): who may look at whom
+    attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # of queries, keys, values
 
 
 def rotary_frequencies(config: DecoderConfig) -> jax.Array:
@@ -186,7 +194,7 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), offset, axis=1)
                 for old, new in zip(past, (keys, values), strict=True)
             )
-        out = grouped_attention(queries, keys, values, tokens.mask, causal=past is None)
+        out = tokens.attend(queries, keys, values)
         return self.o_proj(keep(out.reshape(batch, length, -1))), (keys, values)
 
 
@@ -302,7 +310,18 @@ class Decoder(nnx.Module):
             mask &= key_slots[None, None, :] > slots[None, :, None] - self.config.sliding_window
         angles = positions[..., None] * rotary_frequencies(self.config)
         angles = jnp.concatenate([angles, angles], axis=-1)
-        context = _Tokens((jnp.cos(angles), jnp.sin(angles)), mask)
+        if cache is None:
+            attention = partial(
+                attend,
+                mask=mask,
+                segment_ids=segment_ids,
+                kind=self.config.attention,
+                window=self.config.sliding_window,
+                sharding=self.sharding,
+            )
+        else:
+            attention = partial(grouped_attention, mask=mask, causal=False)
+        context = _Tokens((jnp.cos(angles), jnp.sin(angles)), attention)
 
         def placed(x):
             return x if self.sharding is None else jax.lax.with_sharding_constraint(x, self.sharding)

@@ -28,7 +28,12 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 
 def abstract_decoder(
-    name: str | Path, *, dtype: str = "float32", param_dtype: str = "float32", remat: bool = False
+    name: str | Path,
+    *,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    remat: bool = False,
+    attention: str = "auto",
 ) -> Decoder:
     """Reads a decoder's `config.json` alone: shapes stand in the place of the weights, which need not be there.
 
@@ -37,6 +42,7 @@ def abstract_decoder(
         dtype: as for `load_decoder`.
         param_dtype: as for `load_decoder`.
         remat: as for `load_decoder`.
+        attention: as for `load_decoder`.
 
     Returns:
         A model whose parameters are `jax.ShapeDtypeStruct`s.
@@ -49,7 +55,7 @@ def abstract_decoder(
     for argument, wanted in (("dtype", dtype), ("param_dtype", param_dtype)):
         if wanted == "float64" and not jax.config.read("jax_enable_x64"):
             raise ValueError(f"{argument} float64 needs JAX's option jax_enable_x64; choose float32 without it")
-    config = dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype, remat=remat)
+    config = dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention)
     width = 3 * config.intermediate_size + 2 * config.num_attention_heads * config.head_dim
     count = config.hidden_size * (config.vocab_size + config.num_hidden_layers * width)
     if count > _MOST_PARAMETERS:
@@ -77,6 +83,7 @@ def load_decoder(
     dtype: str = "float32",
     param_dtype: str = "float32",
     remat: bool = False,
+    attention: str = "auto",
     sharding: Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding] | None = None,
 ) -> Decoder:
     """Reads a decoder with its weights.
@@ -88,6 +95,7 @@ def load_decoder(
         dtype: dtype of activations and products.
         param_dtype: dtype to which the weights are converted.
         remat: whether activations are recomputed in the backward pass.
+        attention: which program attends, see `balora_jax.models.kernels.attend`.
         sharding: where the parameters go: one sharding for all, or a function of a parameter's dotted path
             (`"layers.mlp.gate_proj.kernel"`) and shape `(layers, in, out)`. Default: the default device.
 
@@ -105,7 +113,7 @@ def load_decoder(
         (all layers) on their way; the largest parameters are first.
     """
     folder = model_folder(name)
-    model = abstract_decoder(folder, dtype=dtype, param_dtype=param_dtype, remat=remat)
+    model = abstract_decoder(folder, dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention)
     state = nnx.state(model, nnx.Param)
     flat = dict(nnx.to_flat_state(state))
     tensors = _Tensors(folder)

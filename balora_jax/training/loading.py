@@ -41,7 +41,13 @@ def load_shapes(settings: ModelSettings) -> Decoder:
 
 def _read(reader: Callable[..., Decoder], settings: ModelSettings) -> Decoder:
     try:
-        return reader(settings.path, dtype=settings.dtype, param_dtype=settings.param_dtype, remat=settings.remat)
+        return reader(
+            settings.path,
+            dtype=settings.dtype,
+            param_dtype=settings.param_dtype,
+            remat=settings.remat,
+            attention=settings.attention,
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: {error}") from error
 

@@ -16,6 +16,7 @@ from balora_jax.training.hlo import Array, Computation, Instruction, Program, ma
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _PIECES = ("dynamic-slice", "slice", "gather")  # of which no more is read than they give
+_SPLASH = {"fwd": 2, "dkv": 4, "dq": 3}  # products of queries and keys in the kernels of splash attention
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
     *("opt-barrier", "add-dependency", "iota"),
@@ -175,6 +176,9 @@ def _written(program: Program, fused: Computation, root: Instruction) -> float:
 def _product(inside: Computation, instruction: Instruction) -> tuple[str, float]:
     """The arithmetic and the number of operations of a matrix product; of others ("", 0)."""
     opcode, rest, target = instruction.opcode, instruction.rest, instruction.target
+    if splash := re.match(r"splash_mha_(fwd|dkv|dq)", instruction.name):  # (batch, heads, length, head_dim), causal
+        queries, keys = (inside[name].arrays[0] for name in instruction.operands[2:4])
+        return "bfloat16", _SPLASH[splash[1]] * prod(queries.shape) * keys.shape[-2]
     attends = target.startswith("__cudnn$fmha")
     if opcode not in ("dot", "convolution") and not attends and not target.startswith("__cublas$"):
         return "", 0
