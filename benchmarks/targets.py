@@ -10,6 +10,7 @@ too, without the float32 copies that it makes of bfloat16 weights.
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 from collections.abc import Iterator
@@ -127,11 +128,10 @@ def main() -> None:
             folder = Path(root, model)
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps(COMMON | MODELS[model]))
-            for rank in options.ranks:
-                for name in options.targets:
-                    rows.append(row(model, folder, rank, parse_target(name)))
-                    print(line(rows[-1]), flush=True)
-                    write(options.record, "targets.json", with_environment(rows))
+        for name, model, rank in itertools.product(options.targets, options.models, options.ranks):
+            rows.append(row(model, Path(root, model), rank, parse_target(name)))
+            print(line(rows[-1]), flush=True)
+            write(options.record, "targets.json", with_environment(rows))
 
 
 if __name__ == "__main__":
