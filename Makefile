@@ -29,14 +29,15 @@ parity: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests/*/test_*_parity.py
 
 # XLA's compilers for TPUs and NVIDIA GPUs, for tests/accelerators; kept apart, as JAX would look for such devices.
-accelerators: $(VENV)/compilers
+accelerators: $(VENV)/installed-compilers
 	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/compilers $(BIN)/python -m pytest tests/accelerators
 
-$(VENV)/compilers: $(VENV)/installed-test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ \
+$(VENV)/installed-compilers: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/compilers \
 		$$($(BIN)/python -c 'from importlib.metadata import requires, version as of; \
 			print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")), \
 			"jax-cuda13-plugin==" + of("jax"), "jax-cuda13-pjrt==" + of("jax"), "nvidia-cudnn-cu13")')
+	touch $@
 
 docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'

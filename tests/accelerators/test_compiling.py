@@ -10,6 +10,8 @@ from jax.sharding import SingleDeviceSharding
 from balora_jax import balora_project
 from balora_jax.errors import ConfigError
 from balora_jax.methods import METHODS
+from balora_jax.models.kernels import attend
+from balora_jax.settings import ParallelSettings
 from balora_jax.training import AdapterSettings, BalanceSettings, Config, DataSettings, ModelSettings, TrainingSettings
 from balora_jax.training.estimate import estimate
 from balora_jax.training.hlo import Program
@@ -100,6 +102,37 @@ def test_the_step_of_a_run(name):
     assert FACTORIZATIONS.isdisjoint(found.whole.work.unseen)
     assert found.step.peak < 400 * 2**20
     assert 0 < found.projection.slowest < found.whole.slowest
+
+
+@pytest.mark.parametrize("name", ["h100:8", "v5e:2x4", "v5p:2x2x2"])
+def test_the_step_on_a_mesh(name):
+    """Of the projection only r x r matrices travel, never a factor."""
+    target, _ = on_target(name)
+    parallel = ParallelSettings(data=2, fsdp=2, tensor=2)
+    found = estimate([dataclasses.replace(CONFIG, parallel=parallel)], target)
+    assert found.mesh == (2, 2, 2)
+    assert found.whole.network > 0
+    sent = found.projection.work.sent
+    assert {kind for kind, _ in sent} <= {"all-reduce"}  # which GPUs do together with others, under no name
+    pairs, factors_of_a_layer = 9, 4 * 8 * (160 + 448)
+    assert sum(sent.values()) < 2 * pairs * 4 * 4 * 8**2 < pairs * factors_of_a_layer
+
+
+@pytest.mark.parametrize(("name", "kernel"), [("h100", "__cudnn$fmha"), ("v5e", "tpu_custom_call")])
+def test_attention_and_its_gradient(name, kernel):
+    """As a population does it, in half precision and on rows whose length no block divides."""
+    shapes = [(2, 4, 1023, heads, 64) for heads in (8, 2, 2)]
+    queries, keys, values = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    mask, segments = jax.ShapeDtypeStruct((2, 4, 1023, 1023), bool), jax.ShapeDtypeStruct((2, 4, 1023), jnp.int32)
+
+    def loss(*arrays):
+        return jax.vmap(attend)(*arrays).sum()
+
+    text = compiled(name, jax.grad(loss, argnums=(0, 1, 2)), queries, keys, values, mask, segments)
+    assert text.count(kernel) >= 2
+    # half of the products of causal attention forward twice and backward: four, and five
+    products = sum(work(Program(text), loops=0, node=1).products.values())
+    assert products == pytest.approx((2 + 2 + 5) * 2 * 4 * 8 * 1024**2 * 64, rel=0.25)
 
 
 def test_what_does_not_fit_is_told():
