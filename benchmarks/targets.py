@@ -6,7 +6,7 @@
 Steps of BaLoRA on the MLPs of published models, of which nothing but the shape is needed: a bfloat16 base whose
 activations are recomputed, rows of 1,024 tokens, 8 rows a device. Of the meshes `data`, `fsdp` and `fsdp x tensor 4`
 the first that fits is taken. Where there is one device, XLA's compiler for CPUs tells the memory of the same program
-too, without the float32 copies that it makes of bfloat16 weights.
+too (in parentheses), without the float32 copies that it makes of bfloat16 weights.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from record_files import add_record_flag, with_environment, write
+import jax
+from record_files import add_record_flag, write
 
 from balora_jax.settings import ParallelSettings
 from balora_jax.training import AdapterSettings, Config, DataSettings, ModelSettings, TrainingSettings
@@ -41,6 +42,11 @@ MODELS = {
 }
 TARGETS = {"h100:1": "H100", "h100:8": "8 H100", "v5e:4x4": "v5e-16", "v5p:2x4x4": "v5p-64 (32 chips)"}
 
+COLUMNS = (
+    *("model", "rank", "on", "data x fsdp x tensor", "peak, GiB (for a CPU)", "a step", "bound by", "tokens / s"),
+    "balancing",
+)
+
 
 def meshes(devices: int) -> Iterator[ParallelSettings]:
     """The meshes that are tried, in order."""
@@ -59,8 +65,8 @@ def first_that_fits(config: Config, target: Target) -> Estimate:
     return found
 
 
-def row(model: str, folder: Path, rank: int, target: Target) -> dict:
-    """The numbers of one cell."""
+def line(model: str, folder: Path, rank: int, target: Target) -> str:
+    """A row of the table."""
     config = Config(
         name="targets",
         method="balora",
@@ -71,45 +77,22 @@ def row(model: str, folder: Path, rank: int, target: Target) -> dict:
     )
     found = first_that_fits(config, target)
     whole, projection = found.whole, found.projection
-    numbers = {
-        "model": model,
-        "rank": rank,
-        "target": str(target),
-        "mesh": found.mesh,
-        "peak_bytes": found.step.peak,
-        "held_bytes": found.held,
-        "memory_bytes": target.chip.memory,
-        "fits": whole is not None and found.step.peak <= target.chip.memory,
-        "compiled_in_seconds": found.seconds,
-    }
-    if whole and projection:
-        numbers |= {
-            "seconds": (whole.fastest, whole.slowest),
-            "parts": whole.parts,
-            "bound": whole.bound,
-            "tokens_per_second": (found.tokens / whole.slowest, found.tokens / whole.fastest),
-            "projection_seconds": projection.parts,
-            "projection_share": projection.slowest / whole.slowest,
-        }
-    if numbers["fits"] and target.size == 1:
-        on_cpu = estimate([config])
-        numbers["peak_bytes_of_compiler_for_cpus"] = (on_cpu.narrow_step or on_cpu.step).peak
-    return numbers
-
-
-def line(numbers: dict) -> str:
-    """A row of the table in docs/devices.md."""
-    cells = [numbers["model"], numbers["rank"], TARGETS.get(numbers["target"], numbers["target"])]
-    cells.append(" x ".join(map(str, numbers["mesh"])))
-    peak = f"{numbers['peak_bytes'] / GIB:.1f} of {numbers['memory_bytes'] / GIB:.1f}"
-    if not numbers["fits"]:
+    cells = [model, str(rank), TARGETS.get(str(target), str(target)), " x ".join(map(str, found.mesh))]
+    peak = f"{found.step.peak / GIB:.1f} of {target.chip.memory / GIB:.1f}"
+    if whole is None or projection is None or found.step.peak > target.chip.memory:
         cells += [f"{peak}: does not fit", "", "", "", ""]
-    else:
-        least, most = numbers["tokens_per_second"]
-        step = " to ".join(map(seconds, numbers["seconds"]))
-        share = f"{numbers['projection_share']:.2%}"
-        cells += [peak, step, numbers["bound"], f"{least:,.0f} to {most:,.0f}", share]
-    return f"| {' | '.join(map(str, cells))} |"
+        return f"| {' | '.join(cells)} |"
+    if target.size == 1:
+        on_cpu = estimate([config])
+        peak += f" ({(on_cpu.narrow_step or on_cpu.step).peak / GIB:.1f})"
+    cells += [
+        peak,
+        f"{seconds(whole.fastest)} to {seconds(whole.slowest)}",
+        whole.bound,
+        f"{found.tokens / whole.slowest:,.0f} to {found.tokens / whole.fastest:,.0f}",
+        f"{projection.slowest / whole.slowest:.2%}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -120,18 +103,21 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 128])
     add_record_flag(parser)
     options = parser.parse_args()
-    print("| model | rank | on | data x fsdp x tensor | peak, GiB | a step | bound by | tokens / s | balancing |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    rows = []
+    lines = [
+        f"jax {jax.__version__}, `JAX_PLATFORMS=cpu python benchmarks/targets.py --record benchmarks/recorded`",
+        "",
+    ]
+    lines += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    print("\n".join(lines))
     with tempfile.TemporaryDirectory() as root:
         for model in options.models:
             folder = Path(root, model)
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps(COMMON | MODELS[model]))
         for name, model, rank in itertools.product(options.targets, options.models, options.ranks):
-            rows.append(row(model, Path(root, model), rank, parse_target(name)))
-            print(line(rows[-1]), flush=True)
-            write(options.record, "targets.json", with_environment(rows))
+            lines.append(line(model, Path(root, model), rank, parse_target(name)))
+            print(lines[-1], flush=True)
+            write(options.record, "targets.md", "\n".join(lines))
 
 
 if __name__ == "__main__":
