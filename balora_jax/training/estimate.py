@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from balora_jax.errors import ConfigError
 from balora_jax.settings import Config
 from balora_jax.training.hlo import Program as CompiledProgram
-from balora_jax.training.layout import Layout, layout_of
+from balora_jax.training.layout import layout_of
 from balora_jax.training.loading import load_shapes
 from balora_jax.training.memory import NO_MACHINE, StepMemory, check_step, step_memory
 from balora_jax.training.program import Program, abstract_batch
@@ -90,30 +90,18 @@ def estimate(members: Sequence[Config], target: Target | None = None) -> Estimat
     Notes:
         What evaluation and generation take is not among the figures, nor is what the device itself reserves.
     """
-    config, training = members[0], members[0].training
-    model = load_shapes(config.model)
-    check_step(config, model.config, members=len(members), length=config.data.length, limit=NO_MACHINE)
+    config = members[0]
     devices = target.devices() if target else jax.devices()
-    layout = layout_of(config, model, members=len(members), devices=devices)
-    try:
-        program = Program(config, model, layout)
-        states = program.abstract_state(members)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(str(error)) from error
-    batch = abstract_batch(len(members), training.accumulate, training.batch_size, config.data.length)
-    arguments = _placed((states, program.base, batch), layout, devices[0])
     platform = target.chip.platform if target else devices[0].platform
-    start = time.perf_counter()
-    lowered = program.step.trace(*arguments).lower(lowering_platforms=(platform,))
+    program, arguments = _traced(members, devices)
+    states, base, batch = arguments
+    parts = {"base": base, "adapters": states.adapters, "optimizer state": states.opt_state}
+    held = {name: _held(part) for name, part in parts.items()}
+    held["batch and counters"] = _held(arguments) - sum(held.values())
     on_cpu = platform == "cpu"
     options = target.compiler_options if target else _QUICK if on_cpu else {}
-    states, base, batch = arguments
-    held = {
-        "base": _held(base),
-        "adapters": _held(states.adapters),
-        "optimizer state": _held(states.opt_state),
-    }
-    rest = _held(arguments) - sum(held.values())
+    start = time.perf_counter()
+    lowered = program.step.trace(*arguments).lower(lowering_platforms=(platform,))
     if target and _held(arguments) > target.chip.memory:  # no need to know by how much more
         step, text = StepMemory(_held(arguments), 0), ""
     else:
@@ -122,27 +110,48 @@ def estimate(members: Sequence[Config], target: Target | None = None) -> Estimat
     narrow = None
     if on_cpu and "bfloat16" in (config.model.dtype, config.model.param_dtype):
         narrow, _ = _compiled(lowered.compile, options | _NARROW, 0)
-    adapters: dict[str, tuple[tuple[int, ...], ...]] = {}
-    for key, leaf in nnx.to_flat_state(states.adapters):
-        path = ".".join(map(str, key[:-1]))
-        adapters[path] = (*adapters.get(path, ()), leaf.shape[1:])
-    compiled = CompiledProgram(text) if target and text else None
+    compiled = CompiledProgram(text) if text else None
     return Estimate(
         base=_size(base),
-        adapters=adapters,
+        adapters=_shapes(states.adapters),
         trained=_size(states.adapters, len(members)),
         opt_state=_size(states.opt_state, len(members)),
         members=len(members),
-        held=held | {"batch and counters": rest},
+        held=held,
         step=step,
         narrow_step=narrow,
         device=str(target) if target else devices[0].device_kind,
-        mesh=tuple(layout.mesh.shape.values()) if layout else (1, 1, 1),
+        mesh=tuple(program.layout.mesh.shape.values()) if program.layout else (1, 1, 1),
         tokens=math.prod(batch["tokens"].shape),
         whole=roofline(compiled, target) if target and compiled else None,
         projection=roofline(compiled, target, within=PROJECTION) if target and compiled else None,
         seconds=seconds,
     )
+
+
+def _traced(members: Sequence[Config], devices: Sequence[Any]) -> tuple[Program, tuple[Any, Any, Any]]:
+    """The program of a population on some devices, and the shapes of the arguments of its step, with shardings."""
+    config, training = members[0], members[0].training
+    model = load_shapes(config.model)
+    check_step(config, model.config, members=len(members), length=config.data.length, limit=NO_MACHINE)
+    layout = layout_of(config, model, members=len(members), devices=devices)
+    try:
+        program = Program(config, model, layout)
+        states = program.abstract_state(members)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    batch = abstract_batch(len(members), training.accumulate, training.batch_size, config.data.length)
+    if layout is None:
+        alone = SingleDeviceSharding(devices[0])
+        return program, jax.tree.map(lambda x: x.update(sharding=alone), (states, program.base, batch))
+    weights = [
+        leaf.update(sharding=layout.weight(".".join(map(str, path)), leaf))
+        for path, leaf in zip(
+            (path for path, _ in nnx.to_flat_state(program.base)), jax.tree.leaves(program.base), strict=True
+        )
+    ]
+    base = jax.tree.unflatten(jax.tree.structure(program.base), weights)
+    return program, (states, base, jax.tree.map(lambda x: x.update(sharding=layout.batch()), batch))
 
 
 def search(members: Sequence[Config], target: Target) -> dict[tuple[int, ...], Estimate]:
@@ -189,18 +198,13 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _placed(arguments: Any, layout: Layout | None, device: Any) -> Any:
-    """The shapes of the arguments of a step, with their shardings."""
-    shardings: Any = SingleDeviceSharding(device)
-    if layout:
-        states, base, batch = arguments
-        weights = [layout.weight(".".join(map(str, path)), leaf) for path, leaf in nnx.to_flat_state(base)]
-        base_shardings = jax.tree.unflatten(jax.tree.structure(base), weights)
-        shardings = layout.state(states), base_shardings, jax.tree.map(lambda _: layout.batch(), batch)
-    shardings = jax.tree.broadcast(shardings, arguments, is_leaf=lambda x: isinstance(x, Sharding))
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments, shardings
-    )
+def _shapes(adapters: nnx.State) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """The shapes of the trained parameters of every layer, of one run."""
+    shapes: dict[str, tuple[tuple[int, ...], ...]] = {}
+    for key, leaf in nnx.to_flat_state(adapters):
+        path = ".".join(map(str, key[:-1]))
+        shapes[path] = (*shapes.get(path, ()), leaf.shape[1:])
+    return shapes
 
 
 def _held(tree: Any) -> int:
