@@ -106,7 +106,7 @@ def status_of_update(
         eps: rounding of the parameters' dtype.
         ratio: `(n)`, the norm of the smaller factor over that of the larger one.
         one_moves: `(n)` bool, whether one factor alone has an update.
-        least_ratio: pairs with a smaller ratio wait, as do those of which one factor alone has an update; 0 for no wait.
+        least_ratio: pairs with a smaller ratio wait, and those of which one factor alone has an update; 0 for no wait.
     """
     return _first(
         [
