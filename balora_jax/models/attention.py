@@ -5,11 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from balora_jax.platforms import with_choice
+
 MOST_BLOCKS = 8
 """Blocks of queries at the most: with as many, 9/16 of the scores are computed, and half of them must be."""
 
-_LEAST_WIDTH = {"cpu": 64}
-"""Queries that a block must have on a backend to keep it busy; 512 on others, where a small kernel costs a launch."""
+_LEAST_WIDTH_ON_CPUS, _LEAST_WIDTH = 64, 512
+"""Queries that a block must have to keep the device busy; a small kernel costs a launch on accelerators."""
 
 _PRODUCTS = {jnp.dtype("bfloat16"): jax.lax.DotAlgorithmPreset.BF16_BF16_F32}
 """Products that take half precision and give float32, in the backward pass too; float16 has none on CPUs and TPUs."""
@@ -27,7 +29,7 @@ def grouped_attention(
         mask: `(batch, length, keys)` bool, which query may look at which key; each at one at least.
         causal: a promise that the mask lets no query look behind its own index, so that half of the scores need not be
             computed.
-        width: queries in a block; by default as the backend likes it. Without `causal` there is a single block.
+        width: queries in a block; by default as the device likes it. Without `causal` there is a single block.
 
     Returns:
         `(batch, length, heads, head_dim)` in the dtype of the values.
@@ -37,6 +39,23 @@ def grouped_attention(
         product in seven, for memory that grows with the length and not with its square. In plain JAX, so that it has
         derivatives of both modes and of any order.
     """
+    length = queries.shape[1]
+    on_cpus, elsewhere = (_width(length, least) for least in (_LEAST_WIDTH_ON_CPUS, _LEAST_WIDTH))
+    if not causal:
+        on_cpus = elsewhere = length
+    elif width is not None:
+        on_cpus = elsewhere = width
+    attend = functools.partial(_in_blocks, causal)
+    return with_choice(attend, queries, keys, values, mask, cpu=on_cpus, default=elsewhere)
+
+
+def _width(length: int, least: int) -> int:
+    """The width of as many equal blocks as there may be."""
+    return -(-length // max(1, min(MOST_BLOCKS, length // least)))
+
+
+def _in_blocks(causal, width, queries, keys, values, mask):
+    """The attention, in blocks of some width."""
     batch, length, heads, head_dim = queries.shape
     kv_heads = keys.shape[2]
     # (batch, kv_heads, group, length, head_dim): the queries that share a key head are the rows of one matrix
@@ -44,22 +63,12 @@ def grouped_attention(
     # (batch, kv_heads, head_dim, keys), behind barriers that their gradients meet too: XLA would make them w^T g, which
     # takes up to three times as long on CPUs as g^T w
     keys, values = (jax.lax.optimization_barrier(x.transpose(0, 2, 3, 1)) for x in (keys, values))
-    if not causal:
-        width = length
-    elif width is None:
-        width = _width(length)
     blocks = [
         _block(queries, keys, values, mask, start, min(start + width, length), causal)
         for start in range(0, length, width)
     ]
     attended = jnp.concatenate(blocks, axis=3)
     return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
-
-
-def _width(length: int) -> int:
-    """The width of as many equal blocks as there may be."""
-    least = _LEAST_WIDTH.get(jax.default_backend(), 512)
-    return -(-length // max(1, min(MOST_BLOCKS, length // least)))
 
 
 @functools.partial(jax.checkpoint, static_argnums=(4, 5, 6))

@@ -1,6 +1,7 @@
 """The cross-entropy of a decoder's tokens, without the logits of all of them at once."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,13 +10,14 @@ from flax import nnx
 from jax.custom_derivatives import SymbolicZero
 
 from balora_jax.models.decoder import Decoder, head_logits
+from balora_jax.platforms import with_choice
 from balora_jax.sharding import entries_at
 
 _MOST_LOGITS = 2**26
 """Logits that are held at once: 256 MiB."""
 
-_TOKENS_AT_ONCE = {"cpu": 512}
-"""Tokens that are worth a pass over the head on a backend. On CPUs fewer cost more passes, and more the cache."""
+_TOKENS_ON_CPUS = 512
+"""Tokens that are worth a pass over the head on CPUs, where fewer cost more passes, and more the cache."""
 
 
 def token_cross_entropy(
@@ -31,30 +33,47 @@ def token_cross_entropy(
         hidden: `(rows, length, hidden_size)`, of `model.hidden_states`.
         labels: `(rows, length)` int, the token to be predicted from each.
         logits_at_once: about how many logits, or `rows * vocab_size` if that is more, are held at once; by default as
-            the backend likes it.
+            the device likes it.
 
     Notes:
         With a frozen head the derivative by the hidden states is computed in the forward pass, while the logits of a
         piece are there: it costs the two products with the head that it must. If the head is differentiated too,
         the backward pass computes the logits of each piece again.
     """
-    if logits_at_once is None:
-        tokens = _TOKENS_AT_ONCE.get(jax.default_backend(), labels.size)
-        logits_at_once = min(tokens * model.config.vocab_size, _MOST_LOGITS)
+    most = _MOST_LOGITS if logits_at_once is None else logits_at_once
+    on_cpus = min(_TOKENS_ON_CPUS * model.config.vocab_size, most) if logits_at_once is None else most
+    widths = _width(labels, model.config.vocab_size, on_cpus), _width(labels, model.config.vocab_size, most)
+    graph, state = nnx.split(model.head)
+    if not jax.tree.leaves(nnx.state(model.head, nnx.RngState)):
+        return _pure_losses(graph, state, widths, hidden, labels)
+    losses, streams = _by_width(_losses, graph, widths, state, hidden, labels)
+    nnx.update(model.head, streams)
+    return losses
+
+
+def _width(labels: jax.Array, vocab_size: int, logits_at_once: int) -> int:
+    """The width of as few equal pieces as there may be."""
     rows, length = labels.shape
-    width = max(1, min(length, logits_at_once // (rows * model.config.vocab_size)))
-    width = -(-length // -(-length // width))
-    if jax.tree.leaves(nnx.state(model.head, nnx.RngState)):
-        return _losses(model.head, width, hidden, labels)
-    return _pure_losses(*nnx.split(model.head), width, hidden, labels)
+    width = max(1, min(length, logits_at_once // (rows * vocab_size)))
+    return -(-length // -(-length // width))
 
 
-def _losses(head: nnx.Module, width: int, hidden: jax.Array, labels: jax.Array) -> jax.Array:
-    """The losses; for derivatives by everything, and of a head with random streams (an adapter with dropout)."""
+def _by_width(function: Callable, graph, widths: tuple[int, int], state, hidden, labels):
+    """What a function makes of a head, with one width of the pieces on CPUs and one elsewhere."""
+
+    def of_width(width, state, hidden, labels):
+        return function(nnx.merge(graph, state, copy=True), width, hidden, labels)
+
+    return with_choice(of_width, state, hidden, labels, cpu=widths[0], default=widths[1])
+
+
+def _losses(head: nnx.Module, width: int, hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, nnx.State]:
+    """The losses, and the random streams of the head (an adapter with dropout) after them; has all derivatives."""
     # the streams go on from piece to piece; the rest of the head is the same for all
     axes: dict[Any, Any] = {nnx.RngState: nnx.Carry, ...: None}
     scan = nnx.scan(nnx.remat(_piece), in_axes=(nnx.StateAxes(axes), 0, 0), out_axes=0)
-    return _joined(scan(head, _cut(hidden, width), _cut(labels, width)), labels.shape[1])
+    losses = _joined(scan(head, _cut(hidden, width), _cut(labels, width)), labels.shape[1])
+    return losses, nnx.state(head, nnx.RngState)
 
 
 def _piece(head, hidden, labels):
@@ -64,20 +83,20 @@ def _piece(head, hidden, labels):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 2))
-def _pure_losses(graph, state, width, hidden, labels):
-    """The losses as a function of arrays."""
-    return _losses(nnx.merge(graph, state, copy=True), width, hidden, labels)
+def _pure_losses(graph, state, widths, hidden, labels):
+    """The losses as a function of arrays, of a head without random streams."""
+    return _by_width(_losses, graph, widths, state, hidden, labels)[0]
 
 
 @functools.partial(_pure_losses.defjvp, symbolic_zeros=True)
-def _pure_losses_jvp(graph, width, primals, tangents):
+def _pure_losses_jvp(graph, widths, primals, tangents):
     state, hidden, labels = primals
     if all(isinstance(tangent, SymbolicZero) for tangent in jax.tree.leaves(tangents[0])):
-        losses, gradients = _losses_and_gradients(nnx.merge(graph, state, copy=True), width, hidden, labels)
+        losses, gradients = _by_width(_losses_and_gradients, graph, widths, state, hidden, labels)
         return losses, (gradients.astype(jnp.float32) * tangents[1].astype(jnp.float32)).sum(-1)
 
     def function(state, hidden):
-        return _losses(nnx.merge(graph, state, copy=True), width, hidden, labels)
+        return _by_width(_losses, graph, widths, state, hidden, labels)[0]
 
     given = jax.tree.map(lambda t: jnp.zeros_like(t) if isinstance(t, SymbolicZero) else t, tangents[:2])
     return jax.jvp(function, (state, hidden), given)
