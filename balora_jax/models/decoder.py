@@ -141,7 +141,7 @@ class Cache(NamedTuple):
 class _Tokens(NamedTuple):
     """What a block needs to know of the tokens beside their hidden states."""
 
-    rotation: tuple[jax.Array, jax.Array]  # cosines, sines: (batch, length, head_dim)
+    rotation: tuple[jax.Array, jax.Array]  # of `_rotation`
     attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # of queries, keys, values
 
 
@@ -159,11 +159,20 @@ def rotary_frequencies(config: DecoderConfig) -> jax.Array:
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
+def _rotation(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The rotary embedding of angles `(batch, length, head_dim / 2)`: for the first and second halves of the heads,
+    `(batch, length, 1, 2, head_dim / 2)`, what each and what the other is multiplied by."""
+    cosines, sines = jnp.cos(angles), jnp.sin(angles)
+    own, other = jnp.stack([cosines, cosines], axis=-2), jnp.stack([-sines, sines], axis=-2)
+    return own[:, :, None], other[:, :, None]
+
+
 def _rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Applies the rotary embedding to `x (batch, length, heads, head_dim)`."""
-    cosines, sines = (r[:, :, None, :].astype(x.dtype) for r in rotation)
-    first, second = jnp.split(x, 2, axis=-1)
-    return x * cosines + jnp.concatenate([-second, first], axis=-1) * sines
+    own, other = (r.astype(x.dtype) for r in rotation)
+    halves = x.reshape(*x.shape[:-1], 2, -1)
+    # reversed, not cut and concatenated, which costs branches in XLA's loops on CPUs, and so in the gradient
+    return (halves * own + jax.lax.rev(halves, (3,)) * other).reshape(x.shape)
 
 
 class Attention(nnx.Module):
@@ -308,8 +317,7 @@ class Decoder(nnx.Module):
         )
         if self.config.sliding_window is not None:
             mask &= key_slots[None, None, :] > slots[None, :, None] - self.config.sliding_window
-        angles = positions[..., None] * rotary_frequencies(self.config)
-        angles = jnp.concatenate([angles, angles], axis=-1)
+        rotation = _rotation(positions[..., None] * rotary_frequencies(self.config))
         if cache is None:
             attention = partial(
                 attend,
@@ -321,7 +329,7 @@ class Decoder(nnx.Module):
             )
         else:
             attention = partial(grouped_attention, mask=mask, causal=False)
-        context = _Tokens((jnp.cos(angles), jnp.sin(angles)), attention)
+        context = _Tokens(rotation, attention)
 
         def placed(x):
             return x if self.sharding is None else jax.lax.with_sharding_constraint(x, self.sharding)
