@@ -43,6 +43,9 @@ def generate(
         raise ValueError(f"temperature must be at least 0, got {temperature}")
     if temperature and key is None:
         raise ValueError(f"a temperature of {temperature} needs a key to draw with, got None")
+    graph, parameters = nnx.split(model)  # a loop's body may not touch a module from outside
+    # the scan over the layers puts copies of their parameters into the module; of this one nobody takes them
+    model = nnx.merge(graph, parameters, copy=True)
     batch, length = prompts.shape
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
     cache = model.empty_cache(batch, length + new_tokens)
@@ -64,8 +67,6 @@ def generate(
     def unfinished(carry):
         i, _, ended, *_ = carry
         return (i < new_tokens) & ~ended.all()
-
-    graph, parameters = nnx.split(model)  # a loop's body may not touch a module from outside
 
     def extend(carry):
         i, token, ended, position, cache, out = carry

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilation import OPTIMIZED
 from decoder_reference import CONFIGS, SIZES, random_decoder, reference_logits
 from flax import nnx
 from processes import run_alone
@@ -296,3 +297,17 @@ def test_rows_and_vocabulary_may_be_sharded():
         """,
         flags="--xla_force_host_platform_device_count=4",
     )
+
+
+def test_generation_copies_no_parameters():
+    config = dataclasses.replace(CONFIGS["llama"], hidden_size=64, intermediate_size=1024, num_hidden_layers=8)
+    graph, parameters = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+
+    def generated(parameters, prompts):
+        model = nnx.merge(graph, parameters, copy=True)
+        return generate(model, prompts, jnp.ones_like(prompts), new_tokens=3, eos_id=VOCAB)
+
+    prompts = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    program = jax.jit(generated).lower(parameters, prompts).compile(OPTIMIZED)
+    layers = sum(4 * x.size for x in jax.tree.leaves(parameters["layers"]))
+    assert program.memory_analysis().temp_size_in_bytes < layers / 2
