@@ -1,6 +1,7 @@
 """A PEFT adapter whose pairs are balanced, as a folder."""
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,9 @@ from rich.table import Table
 
 from balora_jax.adapters import read_peft, write_peft
 from balora_jax.adapters.diagnosis import Diagnosis, diagnose_adapter, product_singular_values
-from balora_jax.balance import balance_pairs
+from balora_jax.balance import Balanced, balance_pairs
 from balora_jax.commands.folders import copy_other_files, explained, whole_folder
-from balora_jax.pairs import read_pairs, write_pairs
+from balora_jax.pairs import ArrayPair, read_pairs, write_pairs
 from balora_jax.settings import Gauge
 from balora_jax.status import Status
 
@@ -44,8 +45,7 @@ def write_balanced(source: Path, out: Path, gauge: Gauge, console: Console) -> N
     pairs = adapter.pairs()
     found = list(pairs.values())
     factors = read_pairs(adapter.tensors, found)
-    with jax.enable_x64(True):  # lest float64 tensors lose digits
-        balanced = jax.device_get(jax.jit(partial(balance_pairs, gauge=gauge))(factors))
+    balanced = _balanced(factors, gauge)
     new = replace(adapter, tensors=write_pairs(adapter.tensors, found, [pair[:2] for pair in balanced]))
     with whole_folder(out) as folder:
         write_peft(new, folder)
@@ -57,6 +57,21 @@ def write_balanced(source: Path, out: Path, gauge: Gauge, console: Console) -> N
         names = [name for name, pair in zip(pairs, balanced, strict=True) if (pair.status == status).any()]
         if names:
             console.print(f"skipped, because {why}: {', '.join(names)}")
+
+
+def _balanced(pairs: Sequence[ArrayPair], gauge: Gauge) -> list[Balanced]:
+    """The outcomes on the host. Pairs of one shape go through as a stack: hundreds of single ones take a minute to
+    compile."""
+    alike: dict[tuple, list[int]] = {}
+    for i, pair in enumerate(pairs):
+        alike.setdefault(tuple((x.shape, x.dtype) for x in pair), []).append(i)
+    stacks = [tuple(np.concatenate([pairs[i][side] for i in group]) for side in (0, 1)) for group in alike.values()]
+    with jax.enable_x64(True):  # lest float64 tensors lose digits
+        found = jax.device_get(jax.jit(partial(balance_pairs, gauge=gauge))(stacks))
+    results: dict[int, Balanced] = {}
+    for group, outcome in zip(alike.values(), found, strict=True):
+        results |= {i: Balanced(*(x[k : k + 1] for x in outcome)) for k, i in enumerate(group)}
+    return [results[i] for i in range(len(pairs))]
 
 
 def _table(diagnoses: dict[str, dict[str, Diagnosis]]) -> Table:
