@@ -17,9 +17,6 @@ WITHOUT_ENVIRONMENT = {
 }
 TO_BE_RECORDED_AGAIN = {
     "experiments/gauges/language_model.json",
-    "experiments/gauges/synthetic.json",
-    "experiments/theory/fig3.json",
-    "experiments/theory/fig6.json",
     "experiments/theory/geometries.json",
     "experiments/theory/language_model.json",
     "experiments/theory/rates.json",
