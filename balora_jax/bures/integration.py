@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 MOST_STEPS = 200
-_TOLERANCE = 32.0  # roundings of the scale that a step may be wrong by
+_TOLERANCE = 128.0  # roundings of the scale that a step may be wrong by
 _REACH = 0.5  # of a step, in units of the time in which the solution may change altogether
 
 

@@ -173,7 +173,7 @@ def _shot(point, other):
         place = count % _MEMORY
         vectors, steps = vectors.at[place].set(new - vector), steps.at[place].set(new_step - step)
         chosen = jnp.where(error < best, new, chosen)
-        return count + 1, new, new_step, error, jnp.minimum(error, best), chosen, vectors, steps
+        return count + 1, new, new_step, error, jnp.fmin(error, best), chosen, vectors, steps
 
     start = turned(Point(*other), rotation(other, point))
     vector = flat(projection(point, Tangent(*(x - y for x, y in zip(start, point, strict=True)))))
