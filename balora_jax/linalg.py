@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from balora_jax.platforms import with_choice
-
 matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
@@ -23,19 +21,11 @@ def product(left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def gram(factor: jax.Array, side: int) -> jax.Array:
-    """The stacked Gram matrices of stacked `lora_a (n, a, r)` (side 0) or `lora_b (n, r, b)` (side 1).
-
-    On CPUs those of side 1 come one after the other: XLA's stacked `B B^T` takes several times as long there.
-    """
-
-    def products(one_by_one, factor):
-        if one_by_one:
-            return lax.map(lambda matrix: matmul(matrix, matrix.T), factor)
-        return matmul(factor, factor.mT) if side else matmul(factor.mT, factor)
-
+    """The stacked Gram matrices of stacked `lora_a (n, a, r)` (side 0) or `lora_b (n, r, b)` (side 1)."""
     if factor.shape[0] == 1:
-        return products(False, lax.squeeze(factor, [0]))[None]
-    return with_choice(products, factor, cpu=side == 1, default=False)
+        matrix = lax.squeeze(factor, [0])
+        return (matmul(matrix, matrix.T) if side else matmul(matrix.T, matrix))[None]
+    return matmul(factor, factor.mT) if side else matmul(factor.mT, factor)
 
 
 def split(stacked: jax.Array, stacks: list[jax.Array]) -> list[jax.Array]:

@@ -210,6 +210,9 @@ def _adalora(
     regularisation,
 ):
     """The phases are shares of the run, near those of the authors' runs on GLUE."""
+    for name, share in (("initial_share", initial_share), ("final_share", final_share)):
+        if not 0 <= share < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, got {share}")
     if not initial_share + final_share < 1:
         raise ValueError(
             f"initial_share and final_share must be below 1 together, got {initial_share} and {final_share}"

@@ -85,11 +85,14 @@ def check(config: Config, *, like: Config | None = None) -> None:
 
     try:
         method = method_of(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    try:
         scale = adapter_scale(config.adapter.alpha, config.adapter.rank, method.scaling)
         steps = config.training.steps
         method.transformation(config.optimizer, config.balance, steps=steps, scale=scale, options=config.options)
     except (ArithmeticError, ValueError) as error:
-        raise ConfigError(_full_name(config, str(error))) from None
+        raise ConfigError(_full_name(config, method, str(error))) from None
     for name in method.unused_settings:
         value, default = getattr(config.optimizer, name), getattr(OptimizerSettings(), name)
         if value != default and (name, value) != ("weight_decay", 0):
@@ -126,12 +129,14 @@ def method_of(config: Config) -> "Method":
     return get_method(config.method)
 
 
-def _full_name(config: Config, message: str) -> str:
+def _full_name(config: Config, method: "Method", message: str) -> str:
     """A method's message about one of its arguments, with the name that this has in a config."""
     name = message.split(" ", 1)[0]
     if name in config.options:
         return f"options: {message}"
     part = next((part for part in ("optimizer", "balance") if f"{part}.{name}" in field_names()), None)
+    if part is None and name in method.all_options:
+        return f"options: {message}"
     return f"{part}.{message}" if part else message
 
 

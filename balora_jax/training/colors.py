@@ -16,6 +16,7 @@ METHOD_COLORS = {
     "lora_rite": "#C800F8",
     "reflora": "#00C0A0",
     "reflora_s": "#004838",
+    "reflora_drawn": "#98F8D0",
     "loro": "#7080F0",
     "scaled_gd": "#98B858",
     "scaled_adamw": "#C898D8",
