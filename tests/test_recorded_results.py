@@ -19,7 +19,6 @@ TO_BE_RECORDED_AGAIN = {
     "experiments/gauges/language_model.json",
     "experiments/theory/geometries.json",
     "experiments/theory/language_model.json",
-    "experiments/theory/rates.json",
 }
 """Records of code that was not committed. What is recorded again from a commit leaves this set."""
 
