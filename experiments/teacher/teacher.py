@@ -226,7 +226,7 @@ def cell(name):
         runs = [laboratory.run(method, rate, seed) for seed in SEEDS]
         seconds = round(time.monotonic() - start)
         results["methods"][method] = {"rate": rate, "tried": list(tried.items()), "runs": runs, "seconds": seconds}
-        results["methods"][method]["commit"] = about["commit"]
+        results["methods"][method] |= {name: about[name] for name in ("commit", "uncommitted_changes")}
         with whole_file(file) as out:
             out.write(json.dumps({"environment": about, "results": results}, indent=1) + "\n")
         print(name, method, f"rate {rate:g}", f"median {statistics.median(run[-1] for run in runs):.3g}", flush=True)
