@@ -17,7 +17,6 @@ WITHOUT_ENVIRONMENT = {
 }
 TO_BE_RECORDED_AGAIN = {
     "experiments/gauges/language_model.json",
-    "experiments/theory/language_model.json",
 }
 """Records of code that was not committed. What is recorded again from a commit leaves this set."""
 
