@@ -57,6 +57,7 @@ class Program:
         self._optimizer = optimizer_of(config)
         self.step = jax.jit(self._step, donate_argnums=0)
         self.evaluate = self.by_rows(self._evaluate)
+        self._everywhere = jax.jit(lambda tree: tree, out_shardings=layout.replicated if layout else None)
         self._start = jax.jit(self._start_members)
         self._select = jax.jit(jax.vmap(self._select_member), donate_argnums=0)
 
@@ -128,9 +129,7 @@ class Program:
         Args:
             tree: arrays of the devices, of a state for example.
         """
-        if self.layout is not None:
-            tree = jax.jit(lambda tree: tree, out_shardings=self.layout.replicated)(tree)
-        return jax.device_get(tree)
+        return jax.device_get(tree if self.layout is None else self._everywhere(tree))
 
     def by_rows(self, function: Callable[[TrainState, nnx.State, Any], Any]) -> Callable[..., Any]:
         """Compiles a function, whose work is shared among the devices by rows.
