@@ -1,5 +1,6 @@
 """The rows of each step of a population, by the number of the step: nothing need be kept to go on with them."""
 
+import math
 from collections.abc import Sequence
 
 import grain
@@ -45,7 +46,8 @@ class Feed:
         def array(name: str) -> jax.Array:
             return jax.make_array_from_callback(self._shape, sharding, lambda index: parts[str(index)][name])
 
-        tokens = sum(map(_tokens, parts.values())) * jax.process_count()
+        read = sum(part["segment_ids"].size for part in parts.values())  # by this process, of all
+        tokens = sum(map(_tokens, parts.values())) * math.prod(self._shape) // read
         return {name: array(name) for name in next(iter(parts.values()))}, tokens
 
     def first(self, count: int, rows: int) -> dict[int, Arrays]:

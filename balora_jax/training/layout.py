@@ -62,7 +62,7 @@ def layout_of(
         return training.batch_size % (parallel.fsdp * (1 if members_along(data) else data)) == 0
 
     most = len(devices) // rest
-    if most * rest < max(parallel.data, 1) * rest or (jax.process_count() > 1 and len(devices) % rest):
+    if len(devices) % (max(parallel.data, 1) * rest):
         sizes = f"{max(parallel.data, 1)} x {parallel.fsdp} x {parallel.tensor}"
         raise ConfigError(
             f"parallel.data x parallel.fsdp x parallel.tensor = {sizes} must divide the {len(devices)} devices; "

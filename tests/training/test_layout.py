@@ -104,6 +104,18 @@ for found, expected in zip(jax.tree.leaves(state.adapters), jax.tree.leaves(alon
     )
 
 
+def test_tokens_are_counted_once_where_processes_read_the_same_rows(folder):
+    on_8_devices(
+        folder,
+        """
+_, feed, _ = prepared(ParallelSettings(fsdp=2, tensor=2), method="lora")
+_, alone, _ = prepared(ONE, method="lora")
+jax.process_count = lambda: 2  # whose devices are all along tensor
+assert feed(2)[1] == alone(2)[1]
+""",
+    )
+
+
 def test_no_factor_is_put_together_for_the_projection(folder):
     """Layers are put together one at a time; of stacked factors the Gram matrices alone travel."""
     on_8_devices(
@@ -131,6 +143,8 @@ def laid_out(config, devices, members=1, **parallel):
     [
         (8, {"fsdp": 16}, r"= 1 x 16 x 1 must divide the 8 devices; 1, 2, 4 or 8 would"),
         (8, {"data": 3, "fsdp": 4}, r"= 3 x 4 x 1 must divide the 8 devices"),
+        (8, {"fsdp": 3}, r"= 1 x 3 x 1 must divide the 8 devices; 1, 2, 4 or 8 would"),
+        (8, {"data": 3}, r"= 3 x 1 x 1 must divide the 8 devices"),
         (8, {"data": 8}, r"training.batch_size must be a multiple of 8, .* got 2; parallel.data 1 or 2 would do"),
         (8, {"fsdp": 4}, r"training.batch_size must be a multiple of 4, .* got 2; a multiple of 4 would do"),
         (8, {"tensor": 4}, r"parallel.tensor must divide the 98 .* embed_tokens.embedding, got 4; 1 or 2 would"),
