@@ -12,7 +12,7 @@ from balora_jax.bures.products import chosen, combined, dot, flattened, lengths,
 from balora_jax.bures.solvers import Objective, Solution, check_steps
 
 LEAST_RATIO = 0.1  # of actual and expected decrease, for a step to be taken
-_LINEAR, _SUPERLINEAR = 0.1, 1.0  # when the inner iteration ends: Manopt's kappa and theta
+_LINEAR, _QUADRATIC = 0.1, 2.0  # when the inner iteration ends: the largest share, and the power of the last progress
 
 
 def trust_regions(
@@ -45,7 +45,12 @@ def trust_regions(
         TypeError: the tree holds something else than points.
         ValueError: a point is not balanced, or `steps` is no count.
 
-    Source: Absil, Baker and Gallivan 2007 (trust-region methods on Riemannian manifolds), with Manopt's constants.
+    Notes:
+        How accurately a model is minimized follows from how much the last step gained, not from the size of the
+        gradient: an objective in other units takes the same steps.
+
+    Source: Absil, Baker and Gallivan 2007 (trust-region methods on Riemannian manifolds), with Manopt's constants;
+    Eisenstat and Walker 1996 (how accurate the steps of Newton's method must be).
 
     Examples:
         >>> from balora_jax import bures
@@ -87,7 +92,9 @@ def trust_regions(
 
     def improve(carry):
         count, products, radius, points, loss, gradient, losses, norms = carry
-        step, bent, inner, at_edge = _minimized(operator(points), gradient, radius)
+        last = norms[jnp.maximum(count - 1, 0)]
+        accuracy = jnp.minimum((norms[count] / last) ** _QUADRATIC, _LINEAR)
+        step, bent, inner, at_edge = _minimized(operator(points), gradient, radius, accuracy)
         new = retracted(points, 1.0, step)
         new_loss = value(new)
         # rounding of the objective must not decide near its minimum
@@ -111,13 +118,14 @@ def trust_regions(
     return Solution(tree(points), loss, norms[count], count, norms[count] <= tolerance, losses, norms, products)
 
 
-def _minimized(product, gradient, radius):
+def _minimized(product, gradient, radius, accuracy):
     """The step that nearly minimizes the model in a ball, the Hessian's product with it, how many, whether at the edge.
 
-    Truncated conjugate gradients: they stop at the edge, where the curvature is negative, or when accurate enough.
+    Truncated conjugate gradients: they stop at the edge, where the curvature is negative, or when the residual is the
+    gradient times the accuracy.
     """
     start_norm = jnp.sqrt(dot(gradient, gradient))
-    enough = start_norm * jnp.minimum(start_norm**_SUPERLINEAR, _LINEAR)
+    enough = start_norm * accuracy
     dimension = sum(x.size for v in gradient for x in v)
 
     def unfinished(carry):

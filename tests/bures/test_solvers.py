@@ -81,6 +81,16 @@ def test_solvers_do_not_see_the_gauge():
         np.testing.assert_allclose(solve(start).losses, solve(other).losses, rtol=1e-9, atol=1e-20)
 
 
+def test_trust_regions_do_not_see_the_units_of_the_objective():
+    _, loss, start = problem()
+    solve = jax.jit(lambda unit: bures.trust_regions(lambda p: unit * loss(p), start, steps=8, tolerance=1e-12 * unit))
+    base = solve(1.0)
+    for unit in (2.0**-30, 2.0**30):
+        found = solve(unit)
+        np.testing.assert_array_equal(found.losses, unit * base.losses)
+        assert (found.iterations, found.products) == (base.iterations, base.products)
+
+
 def test_what_is_no_product_of_points_is_refused():
     _, loss, start = problem()
     with pytest.raises(TypeError, match="leaves of the tree must be Points, got ArrayImpl"):
