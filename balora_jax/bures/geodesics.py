@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from balora_jax.bures.integration import Flow, adaptive, repeated
-from balora_jax.bures.matrix_functions import lyapunov
+from balora_jax.bures.matrix_functions import lyapunov, orthogonal_triangular, sylvester_of_roots
 from balora_jax.bures.points import Point, Tangent, balanced_point, check_direction
 from balora_jax.linalg import matmul
 
@@ -93,24 +93,24 @@ def sectional_curvature(point: Point, first: Tangent, second: Tangent) -> jax.Ar
     a, b = balanced_point(point)
     check_direction(point, first, "the first tangent vector")
     check_direction(point, second, "the second tangent vector")
-    gram = matmul(a.mT, a) + matmul(b, b.mT)
+    root = orthogonal_triangular(jnp.concatenate([a, b.mT], -2))[1]  # G = R^T R; G itself would lose small values
 
     def products(x, y):
         return matmul(x[0].mT, y[0]), matmul(x[1], y[1].mT)
 
+    def solved(c):
+        """`R` times the solution of `G X + X G = C`."""
+        return matmul(root, sylvester_of_roots(root.mT, root.mT, c))
+
     def bend(x, y):
         left, right = products(x, y)
-        return lyapunov(gram, -_twice_symmetric(left - right))
+        return solved(-_twice_symmetric(left - right))
 
     left, right = products(first, second)
     both = left + right
-    turn = lyapunov(gram, 2 * (both - both.mT))
+    turn = solved(2 * (both - both.mT))
     along, across, mixed = bend(first, first), bend(second, second), bend(first, second)
-    numerator = (
-        _trace(along, matmul(gram, across))
-        - _trace(mixed, matmul(gram, mixed))
-        + 0.75 * _trace(turn, matmul(gram, turn))
-    )
+    numerator = _trace(along, across) - _trace(mixed, mixed) + 0.75 * _trace(turn, turn)
     inner = both.trace(axis1=-2, axis2=-1)
     squares = [sum(x.trace(axis1=-2, axis2=-1) for x in products(y, y)) for y in (first, second)]
     return numerator / (squares[0] * squares[1] - inner**2)
