@@ -148,32 +148,57 @@ def flown(point: Point, direction: Tangent, *carried: Tangent) -> tuple[jax.Arra
 def _flown(pairs):
     """In float64: in float32 Gram matrices small singular values would be lost."""
     with jax.enable_x64(True):
-        bases, grams, state = _start(pairs, jnp.float64)
-        return _factors(bases, adaptive(_GEODESIC, grams, state)[0], pairs[0][0].dtype)
+        bases, parameters, state = _start(pairs, jnp.float64)
+        return _factors(bases, adaptive(_GEODESIC, parameters, state)[0], pairs[0][0].dtype)
 
 
 @_flown.defjvp
 def _(primals, tangents):
-    """The steps that were found, done again in the dtype of the pairs."""
-    dtype = primals[0][0][0].dtype
+    (pairs,) = primals
+    sizes = step_sizes(*pairs)
+    return _flown(pairs), jax.jvp(lambda *pairs: retraced(sizes, *pairs), pairs, tangents[0])[1]
+
+
+def step_sizes(*pairs: tuple[jax.Array, ...], tolerance: float = 0.0) -> jax.Array:
+    """The sizes of the steps in which a geodesic is followed, in the dtype of its pairs; without derivatives."""
     with jax.enable_x64(True):
-        _, *start = _start(lax.stop_gradient(primals[0]), jnp.float64)
-        sizes = adaptive(_GEODESIC, *start)[1].astype(dtype)
+        _, parameters, state = _start(lax.stop_gradient(pairs), jnp.float64)
+        return adaptive(_GEODESIC, parameters, state, tolerance)[1].astype(pairs[0][0].dtype)
 
-    def again(pairs):
-        bases, grams, state = _start(pairs, dtype)
-        return _factors(bases, repeated(_GEODESIC, grams, state, sizes), dtype)
 
-    return _flown(*primals), jax.jvp(again, primals, tangents)[1]
+def retraced(sizes: jax.Array, *pairs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """What `flown` gives, by given steps, in the dtype of the pairs, and with derivatives."""
+    dtype = pairs[0][0].dtype
+    with jax.enable_x64(True):
+        bases, parameters, state = _start(pairs, dtype)
+        return _factors(bases, repeated(_GEODESIC, parameters, state, sizes), dtype)
+
+
+def followed(place: jax.Array, *vectors: jax.Array, tolerance: float | jax.Array = 0.0) -> tuple[jax.Array, ...]:
+    """The end of a geodesic, its velocity there and what was carried along, all `(2, n, r)`: the A and the B^T.
+
+    Args:
+        place: the start.
+        vectors: its velocity, and what is carried.
+        tolerance: of a step, relative to the vectors' lengths.
+    """
+    return adaptive(_GEODESIC, (None, _scales([(x**2).sum() for x in vectors])), (place, *vectors), tolerance)[0]
 
 
 def _start(pairs, dtype):
-    """The columns of all A and of all B^T, their Gram matrices, and what takes them to each pair."""
+    """The columns of all A and of all B^T, the parameters of the flow, and what takes them to each pair."""
     bases = [jnp.concatenate(side, -1).astype(dtype) for side in zip(*((a, b.mT) for a, b in pairs), strict=True)]
-    size = bases[0].shape[-1]
+    size, rank = bases[0].shape[-1], pairs[0][0].shape[-1]
     units = jnp.eye(size, dtype=dtype).reshape(len(pairs), -1, size).mT  # (pairs, size, r)
     state = tuple(jnp.broadcast_to(unit, (2, *unit.shape)) for unit in units)
-    return bases, jnp.stack([matmul(x.mT, x) for x in bases]), state
+    grams = jnp.stack([matmul(x.mT, x) for x in bases])
+    squares = jnp.diagonal(grams.sum(0)).reshape(-1, rank).sum(1)
+    return bases, (grams, _scales(squares[1:])), state
+
+
+def _scales(squares):
+    """What errors of L, L' and carried vectors are relative to, from the squared lengths of the last two."""
+    return jnp.stack([squares[0], *squares])
 
 
 def _factors(bases, state, dtype):
@@ -182,13 +207,13 @@ def _factors(bases, state, dtype):
     return tuple(x.astype(dtype) for end in ends for x in (matmul(bases[0], end[0]), matmul(bases[1], end[1]).mT))
 
 
-def _slope(grams, state):
+def _slope(parameters, state):
     """Of L, L' and carried vectors, each as coefficients `(2, basis, r)` of the columns of A and of B^T."""
-    place, speed, *carried = state
+    (grams, _), (place, speed, *carried) = parameters, state
     sign = jnp.array([1, -1], place.dtype)[:, None, None]
 
     def products(x, y):
-        return matmul(x.mT, matmul(grams, y))
+        return matmul(x.mT, _times(grams, y))
 
     gram, along, bend = products(place, place).sum(0), products(place, speed).sum(0), products(speed, speed)
     right = [-2 * (bend[0] - bend[1]), _twice_symmetric(along)]
@@ -202,13 +227,16 @@ def _slope(grams, state):
     return tuple(slopes), jnp.sqrt((growth**2).sum())
 
 
-def _size(grams, error):
+def _size(parameters, error):
     """The norm of errors of L and L', relative to the length of L', and of carried vectors, relative to theirs."""
-    rank = error[0].shape[-1]
-    squares = jnp.diagonal(grams.sum(0)).reshape(-1, rank).sum(1)
-    scales = squares.at[0].set(squares[1])
-    parts = jnp.stack([(x * matmul(grams, x)).sum() for x in error])
+    grams, scales = parameters
+    parts = jnp.stack([(x * _times(grams, x)).sum() for x in error])
     return jnp.sqrt(jnp.maximum(jnp.where(scales > 0, parts / jnp.where(scales > 0, scales, 1), 0).sum(), 0))
+
+
+def _times(grams, x):
+    """The Gram matrices of the bases times coefficients; the bases are orthonormal if there are none."""
+    return x if grams is None else matmul(grams, x)
 
 
 _GEODESIC = Flow(_slope, _size)

@@ -56,13 +56,16 @@ def _stages(field, state, slope, size):
     return slopes, _moved(state, size * weights, slopes)
 
 
-def adaptive(equation: Flow, parameters: Any, state: tuple) -> tuple[tuple, jax.Array]:
+def adaptive(
+    equation: Flow, parameters: Any, state: tuple, tolerance: float | jax.Array = 0.0
+) -> tuple[tuple, jax.Array]:
     """Solves an equation over the time 1.
 
     Args:
         equation: what is solved.
         parameters: any tree of arrays.
         state: at the time 0, arrays of one dtype.
+        tolerance: what a step may be wrong by, in the units of `size`; not less than some roundings.
 
     Returns:
         The state at the time 1, and the sizes `(MOST_STEPS,)` of the steps, 0 beyond the last; all NaN where the
@@ -71,6 +74,7 @@ def adaptive(equation: Flow, parameters: Any, state: tuple) -> tuple[tuple, jax.
     dtype = state[0].dtype
     _, _, third, fifth = (jnp.asarray(x, dtype) for x in _tableau())
     field = partial(equation.field, parameters)
+    allowed = jnp.maximum(jnp.asarray(tolerance, dtype), _TOLERANCE * jnp.finfo(dtype).eps)
 
     def unfinished(carry):
         time, size, _, _, _, count, tries, _ = carry
@@ -88,7 +92,7 @@ def adaptive(equation: Flow, parameters: Any, state: tuple) -> tuple[tuple, jax.
             equation.size(parameters, tuple(jnp.tensordot(weights, x, 1) for x in slopes)) for weights in (fifth, third)
         )
         error = size * error_5**2 / jnp.sqrt(error_5**2 + 0.01 * error_3**2 + jnp.finfo(dtype).tiny)
-        error = error / (_TOLERANCE * jnp.finfo(dtype).eps)
+        error = error / allowed
         good = error <= 1  # false for NaN
         factor = jnp.where(jnp.isfinite(error), jnp.clip(0.9 * (error + 1e-10) ** -0.125, 0.2, 8.0), 0.1)
         later = jnp.where(last, 1.0, time + size)
@@ -119,6 +123,18 @@ def repeated(equation: Flow, parameters: Any, state: tuple, sizes: jax.Array) ->
         return _stages(field, state, field(state)[0], size)[1]
 
     def body(state, size):
-        return lax.cond(size == 0, lambda state, _: state, step, state, size), None
+        return lax.cond(_throughout(size == 0), lambda state, _: state, step, state, size), None
 
     return lax.scan(body, state, sizes)[0]
+
+
+@jax.custom_batching.custom_vmap
+def _throughout(done):
+    """Whether all of a batch are done: one condition for all, as a choice for each would do the work for each."""
+    return done
+
+
+@_throughout.def_vmap
+def _(axis_size, in_batched, done):
+    del axis_size, in_batched
+    return _throughout(done.all(0)), False

@@ -5,18 +5,24 @@ along it and added to its start, with Anderson's acceleration. The iteration is 
 the two points, in which a shortest geodesic stays.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.sparse.linalg import gmres
 
-from balora_jax.bures.geodesics import flown, over_leading
+from balora_jax.bures.geodesics import followed, over_leading, retraced, step_sizes
 from balora_jax.bures.manifold import inner_product, norm, projection, rotation, turned
+from balora_jax.bures.matrix_functions import lyapunov, polar, solve_linear
 from balora_jax.bures.points import Point, Tangent, balanced_point, check_direction
 from balora_jax.linalg import eigh, matmul, qr
 
 MOST_ITERATIONS = 100
-_MEMORY = 8
+_MEMORY = 24
+_PATIENCE = 4  # iterations that gain nothing, near the end
+_ROUGH = 1e-4  # the accuracy of steps where it does not count
+_SHARE = 1e-3  # of the last error, the accuracy of steps where it does
+_LEAST = 1e-13  # what is as good as it can be
 
 
 def log(point: Point, other: Point) -> Tangent:
@@ -34,8 +40,8 @@ def log(point: Point, other: Point) -> Tangent:
         ValueError: the shapes do not fit, or a pair is not balanced.
 
     Notes:
-        Some 3 to 40 iterations of two geodesics each. Derivatives by the implicit function theorem, forward
-        (`jax.jvp`, `jax.jacfwd`).
+        Some 5 to 50 iterations of two geodesics each, in float64 whatever the dtype is. Derivatives, forward and
+        reverse, by the implicit function theorem: along directions that keep the pairs balanced.
 
     Examples:
         >>> from balora_jax import bures
@@ -84,29 +90,20 @@ def _(primals, tangents):
     return length, slope / length
 
 
-def _end(point, tangent, other):
-    """The end of a geodesic, its velocity there, and what it is off from another point, as a tangent vector there."""
-    a, b, *speed = flown(point, tangent, tangent)
-    end = Point(a, b)
-    near = turned(Point(*other), rotation(other, end))
-    return end, Tangent(*speed), Tangent(*(x - y for x, y in zip(near, end, strict=True)))
-
-
-def _back(end, speed, tangent):
-    """Carries a tangent vector from the end of a geodesic back to its start."""
-    return Tangent(*flown(end, Tangent(*(-x for x in speed)), projection(end, tangent))[2:])
-
-
 @jax.custom_jvp
 def _log(point, other):
-    """The logarithm without leading axes, within the span of both points."""
-    (basis_a, both_a), (basis_b, both_b) = (
-        qr(jnp.concatenate(pair, -1)) for pair in ((point[0], other[0]), (point[1].mT, other[1].mT))
-    )
-    rank = point[0].shape[-1]
-    near, far = (Point(both_a[:, part], both_b[:, part].mT) for part in (slice(rank), slice(rank, None)))
-    found = _shot(near, far)
-    return matmul(basis_a, found[0]), matmul(found[1], basis_b.mT)
+    """The logarithm without leading axes, within the span of both points, in float64."""
+    rank, dtype = point[0].shape[-1], point[0].dtype
+    with jax.enable_x64(True):
+        bases, sides = [], []
+        for x, y in ((point[0], other[0]), (point[1].mT, other[1].mT)):
+            basis, both = qr(jnp.concatenate([x, y], -1).astype(jnp.float64))
+            bases.append(basis)
+            sides.append(jnp.pad(both, ((0, 2 * rank - both.shape[0]), (0, 0))))
+        near, far = jnp.split(jnp.stack(sides), 2, -1)
+        found = _shot(_balanced(near), _balanced(far))
+        a, b = (matmul(basis, x[: basis.shape[1]]).astype(dtype) for basis, x in zip(bases, found, strict=True))
+    return a, b.mT
 
 
 @_log.defjvp
@@ -114,71 +111,112 @@ def _(primals, tangents):
     """From `F(X, Y, v) = 0` for what the geodesic is off, and for the part of v that is not horizontal."""
     (point, other), steps = primals, tangents
     found = _log(point, other)
-    a, b, *speed = flown(*lax.stop_gradient((point, found, found)))
+    course = course_of(point, found)
+    _, moved = jax.jvp(lambda point, other: off(course, point, other, found), (point, other), tuple(map(tuple, steps)))
 
-    def off(point, other, tangent):
-        tangent = Tangent(*tangent)
-        _, _, rest = _end(point, tangent, other)
-        back = _back(*lax.stop_gradient((Point(a, b), speed)), rest)
-        horizontal = projection(Point(*point), tangent)
-        return tuple(t - h - x for t, h, x in zip(tangent, horizontal, back, strict=True))
+    def linear(tangent):
+        return jax.jvp(lambda tangent: off(course, point, other, tangent), (found,), (tangent,))[1]
 
-    _, moved = jax.jvp(lambda point, other: off(point, other, found), (point, other), tuple(map(tuple, steps)))
-    rounding = jnp.finfo(a.dtype).eps
-    _, linear = jax.linearize(lambda tangent: off(point, other, tangent), found)
-    step, _ = gmres(
-        linear,
-        tuple(-x for x in moved),
-        tol=10 * rounding,
-        restart=30,
-        maxiter=10,
-    )
-    return found, step
+    right = tuple(-x for x in moved)
+    return found, solve_linear(linear, right, tolerance=10 * float(jnp.finfo(found[0].dtype).eps))
 
 
-def _shot(point, other):
-    """The logarithm by shooting; NaN where it does not converge."""
-    shapes = [x.shape for x in point]
-    dtype = point[0].dtype
-    scale = jnp.sqrt(sum((x**2).sum() for pair in (point, other) for x in pair))
+class Course(NamedTuple):
+    """A geodesic that has been followed: the sizes of its steps, its end, the way back, and the steps of that."""
 
-    def flat(pair):
-        return jnp.concatenate([x.ravel() for x in pair])
+    sizes: jax.Array
+    end: tuple[jax.Array, ...]
+    back: tuple[jax.Array, ...]
+    sizes_back: jax.Array
 
-    def pair_of(vector):
-        left, right = jnp.split(vector, [shapes[0][0] * shapes[0][1]])
-        return Tangent(left.reshape(shapes[0]), right.reshape(shapes[1]))
 
-    def correction(vector):
-        end, speed, rest = _end(point, pair_of(vector), other)
-        return flat(_back(end, speed, rest)), jnp.sqrt(sum((x**2).sum() for x in rest)) / scale
+def course_of(point: Point, tangent: Tangent) -> Course:
+    """The course of the geodesic of a tangent vector, without leading axes and without derivatives."""
+    fixed = lax.stop_gradient((tuple(point), tuple(tangent)))
+    sizes = step_sizes(*fixed)
+    a, b, *speed = retraced(sizes, *fixed, fixed[1])
+    end, back = (a, b), tuple(-x for x in speed)
+    return Course(sizes, end, back, step_sizes(end, back, tolerance=_ROUGH))
+
+
+def off(course: Course, point: Point, other: Point, tangent: Tangent) -> tuple[jax.Array, jax.Array]:
+    """What is 0 if a tangent vector is the logarithm, and has derivatives, near a course.
+
+    Returns:
+        The part of the tangent vector that is not horizontal, less what the end of its geodesic is off, carried back.
+    """
+    there = Point(*retraced(course.sizes, tuple(point), tuple(tangent))[:2])
+    near = turned(Point(*other), rotation(other, there))
+    rest = projection(Point(*course.end), Tangent(*(x - y for x, y in zip(near, there, strict=True))))
+    carried = retraced(course.sizes_back, course.end, course.back, tuple(rest))[2:]
+    horizontal = projection(Point(*point), Tangent(*tangent))
+    a, b = (t - h - x for t, h, x in zip(tangent, horizontal, carried, strict=True))
+    return a, b
+
+
+def _balanced(place):
+    """A nearly balanced pair `(2, n, r)` made balanced to rounding, by Newton's iteration."""
+    for _ in range(3):
+        p, q = matmul(place.mT, place)
+        change = lyapunov(p + q, q - p)
+        second = matmul(change, change) / 2
+        place = place + jnp.stack([matmul(place[0], second + change), matmul(place[1], second - change)])
+    return place
+
+
+def _shot(place, other):
+    """The logarithm `(2, n, r)` by shooting; NaN where it does not converge."""
+    shape, rounding = place.shape, jnp.finfo(place.dtype).eps
+    scale = jnp.sqrt((place**2).sum() + (other**2).sum())
+
+    def turned_to(x, y):
+        return matmul(x, polar(matmul(x.mT, y).sum(0)))
+
+    def horizontal(place, vector):
+        tangent = projection(Point(place[0], place[1].mT), Tangent(vector[0], vector[1].mT))
+        return jnp.stack([tangent[0], tangent[1].mT])
+
+    def correction(vector, tolerance):
+        """What the end of a geodesic is off, carried back to its start, and its relative size."""
+        end, speed = followed(place, vector.reshape(shape), tolerance=tolerance)
+        rest = turned_to(other, end) - end
+        back = followed(end, -speed, horizontal(end, rest), tolerance=_ROUGH)[2]
+        error = jnp.sqrt((rest**2).sum()) / scale
+        back = horizontal(place, back)  # what is rough about it must not leave the tangent space
+        return back.ravel(), jnp.maximum(error, jnp.where(tolerance > _LEAST, tolerance, 0))
 
     def unfinished(carry):
-        count, _, _, error, best, *_ = carry
-        improving = (error < 2 * best) | (best > jnp.sqrt(jnp.finfo(dtype).eps))
-        return (count < MOST_ITERATIONS) & (best > jnp.finfo(dtype).eps) & improving
+        count, *_, best, _, stalled, _, _ = carry
+        return (count < MOST_ITERATIONS) & (best > 4 * rounding) & ((stalled < _PATIENCE) | (best > jnp.sqrt(rounding)))
 
     def improve(carry):
         """Anderson: the combination of the last steps that would have left the least correction."""
-        count, vector, step, _, best, chosen, vectors, steps = carry
-        gram = matmul(steps, steps.T)
-        values, turn = eigh(gram)
-        kept = values > 1e-10 * values[-1]
-        weights = matmul(turn, jnp.where(kept, matmul(turn.T, matmul(steps, step)) / jnp.where(kept, values, 1), 0))
-        new = vector + step - matmul(weights, vectors + steps)
-        new_step, error = correction(new)
-        fallback, spoiled = vector + step / 4, ~(error < 4 * best)
-        new = jnp.where(spoiled, fallback, new)
-        new_step, error = lax.cond(spoiled, correction, lambda _: (new_step, error), new)
-        place = count % _MEMORY
-        vectors, steps = vectors.at[place].set(new - vector), steps.at[place].set(new_step - step)
-        chosen = jnp.where(error < best, new, chosen)
-        return count + 1, new, new_step, error, jnp.fmin(error, best), chosen, vectors, steps
+        count, size, vector, step, error, best, chosen, stalled, vectors, steps = carry
+        lengths = jnp.sqrt((steps**2).sum(1))
+        unit = steps / jnp.where(lengths > 0, lengths, 1)[:, None]
+        values, turn = eigh(matmul(unit, unit.T))
+        kept = values > 1e-12 * values[-1]
+        weights = matmul(turn, jnp.where(kept, matmul(turn.T, matmul(unit, step)) / jnp.where(kept, values, 1), 0))
+        combined = step - matmul(weights / jnp.where(lengths > 0, lengths, 1), vectors + steps)
+        new = vector + jnp.where(size < 1, size * step, combined)
+        new_step, new_error = correction(new, jnp.minimum(_SHARE * error, _ROUGH))
+        fine = new_error < 4 * best
+        place = jnp.where(fine & (count > 0), count % _MEMORY, _MEMORY)  # beyond the end: dropped
+        return (
+            count + 1,
+            jnp.where(fine, 1, size / 4),
+            jnp.where(fine, new, vector),
+            jnp.where(fine, new_step, step),
+            jnp.where(fine, new_error, error),
+            jnp.fmin(new_error, best),
+            jnp.where(new_error < best, new, chosen),
+            jnp.where(new_error < best / 2, 0, stalled + 1),
+            vectors.at[place].set(new - vector, mode="drop"),
+            steps.at[place].set(new_step - step, mode="drop"),
+        )
 
-    start = turned(Point(*other), rotation(other, point))
-    vector = flat(projection(point, Tangent(*(x - y for x, y in zip(start, point, strict=True)))))
-    step, error = correction(vector)
-    memory = jnp.zeros((_MEMORY, vector.size), dtype)
-    carry = jnp.zeros((), int), vector, step, error, error, vector, memory, memory
-    *_, best, chosen, _, _ = lax.while_loop(unfinished, improve, carry)
-    return pair_of(jnp.where(best < 10 * jnp.finfo(dtype).eps ** 0.75, chosen, jnp.nan))
+    start = horizontal(place, turned_to(other, place) - place).ravel()
+    blank, zero, far = jnp.zeros((_MEMORY, start.size)), jnp.zeros((), int), jnp.asarray(jnp.inf, place.dtype)
+    carry = zero, jnp.ones(()), start, 0 * start, far, far, start, zero, blank, blank
+    *_, best, chosen, _, _, _ = lax.while_loop(unfinished, improve, carry)
+    return jnp.where(best < 10 * rounding**0.75, chosen, jnp.nan).reshape(shape)

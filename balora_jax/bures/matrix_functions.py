@@ -8,12 +8,18 @@ product, is smooth there, and is differentiated from its defining equation inste
 All functions work on the last two axes.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
 from balora_jax.balance import balance_pair
 from balora_jax.linalg import eigh, matmul, qr, svd
+
+_DIRECTIONS, _MOST_PRODUCTS = 40, 200  # of the iteration for linear equations
 
 
 def sylvester(p: jax.Array, q: jax.Array, c: jax.Array) -> jax.Array:
@@ -100,6 +106,45 @@ def divide(root: jax.Array, c: jax.Array) -> jax.Array:
         return matmul(u, matmul(vt, c) / values[..., :, None])
 
     return lax.custom_linear_solve(lambda x: matmul(root, x), c, solve, transpose_solve)
+
+
+def solve_linear(operator: Callable, right: Any, *, tolerance: float) -> Any:
+    """Solves `operator(x) = right` by conjugate residuals, as GMRES, for operators that are near the identity.
+
+    Args:
+        operator: a linear function of a tree of arrays.
+        right: a tree of arrays of one dtype.
+        tolerance: of the residual, relative to the right-hand side.
+
+    Source: Eisenstat, Elman and Schultz 1983 (generalized conjugate residuals, the last `_DIRECTIONS` of them).
+    """
+
+    vector, tree = ravel_pytree(right)  # one array: of several, all would have to depend on what is differentiated
+
+    def flat(x):
+        return ravel_pytree(operator(tree(x)))[0]
+
+    def iterate(operator, right):
+        def unfinished(carry):
+            count, _, residual, *_ = carry
+            return (count < _MOST_PRODUCTS) & (jnp.linalg.norm(residual) > tolerance * jnp.linalg.norm(right))
+
+        def improve(carry):
+            count, x, residual, directions, images = carry
+            direction, image = residual, operator(residual)
+            for _ in range(2):  # the second for what rounding left
+                weights = images @ image
+                direction, image = direction - weights @ directions, image - weights @ images
+            size = jnp.linalg.norm(image)
+            direction, image = direction / size, image / size
+            share, place = image @ residual, count % _DIRECTIONS
+            directions, images = directions.at[place].set(direction), images.at[place].set(image)
+            return count + 1, x + share * direction, residual - share * image, directions, images
+
+        blank = jnp.zeros((_DIRECTIONS, right.size), right.dtype)
+        return lax.while_loop(unfinished, improve, (0, 0 * right, right, blank, blank))[1]
+
+    return tree(lax.custom_linear_solve(flat, vector, iterate, iterate))
 
 
 @jax.custom_jvp
