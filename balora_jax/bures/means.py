@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from balora_jax.bures.geodesics import exp
-from balora_jax.bures.logarithm import log
-from balora_jax.bures.manifold import norm
-from balora_jax.bures.points import Point, Tangent
+from balora_jax.bures.logarithm import course_of, log, off
+from balora_jax.bures.manifold import norm, projection
+from balora_jax.bures.matrix_functions import solve_linear
+from balora_jax.bures.points import Point, Tangent, balanced_point, check_direction
 
 MOST_ITERATIONS = 60
 
@@ -59,7 +60,8 @@ def frechet_mean(points: Sequence[Point], weights: jax.typing.ArrayLike | None =
         ValueError: there is no point, the weights are not one for each, or a pair is not balanced.
 
     Notes:
-        Karcher's iteration: along the mean of the logarithms, until it is a rounding.
+        Karcher's iteration: along the mean of the logarithms, until it is a rounding. Derivatives, forward and reverse,
+        are horizontal: right for all that a rotation of the pair does not change.
     """
     points = [Point(*point) for point in points]
     if not points:
@@ -69,9 +71,24 @@ def frechet_mean(points: Sequence[Point], weights: jax.typing.ArrayLike | None =
     if weights.shape != (len(points),):
         raise ValueError(f"weights must be ({len(points)},), one for each point, got shape {weights.shape}")
     weights = weights / weights.sum()
-    # one call of the logarithm, compiled once
-    stacked = Point(*(jnp.stack(side) for side in zip(*points, strict=True)))
-    rounding = 4 * jnp.finfo(dtype).eps * jnp.sqrt(sum((x**2).sum() for x in points[0]))
+    leading = points[0][0].shape[:-2]
+    for point in points:
+        check_direction(points[0], point, "every point")
+        balanced_point(point, "every point")
+    stacked = tuple(
+        jnp.stack(side, -3).reshape(-1, len(points), *side[0].shape[-2:]) for side in zip(*points, strict=True)
+    )
+    if not leading:
+        return Point(*_mean(tuple(x[0] for x in stacked), weights))
+    means = jax.vmap(_mean, (0, None))(stacked, weights)
+    return Point(*(x.reshape(*leading, *x.shape[1:]) for x in means))
+
+
+@jax.custom_jvp
+def _mean(points, weights):
+    """The mean of stacked points `(n, a, r)`, `(n, r, b)`."""
+    first = Point(*(x[0] for x in points))
+    rounding = 4 * jnp.finfo(first[0].dtype).eps * jnp.sqrt(sum((x**2).sum() for x in first))
 
     def unfinished(carry):
         count, _, moved = carry
@@ -79,9 +96,40 @@ def frechet_mean(points: Sequence[Point], weights: jax.typing.ArrayLike | None =
 
     def improve(carry):
         count, mean, _ = carry
-        logs = log(Point(*(jnp.broadcast_to(x, y.shape) for x, y in zip(mean, stacked, strict=True))), stacked)
-        step = Tangent(*(jnp.tensordot(weights, x, 1) for x in logs))
-        return count + 1, exp(mean, step), jnp.max(norm(mean, step))
+        step = Tangent(*(jnp.tensordot(weights, x, 1) for x in _logarithms(mean, points)))
+        return count + 1, exp(mean, step), norm(mean, step)
 
-    start = jnp.zeros((), int), points[0], jnp.asarray(jnp.inf, dtype)
-    return lax.while_loop(unfinished, improve, start)[1]
+    start = jnp.zeros((), int), first, jnp.asarray(jnp.inf, first[0].dtype)
+    return tuple(lax.while_loop(unfinished, improve, start)[1])
+
+
+@_mean.defjvp
+def _(primals, tangents):
+    """From the equations for the mean and the logarithms there, whose weighted sum is 0."""
+    (points, weights), (steps, weight_steps) = primals, tangents
+    mean = _mean(points, weights)
+    logs = _logarithms(mean, points)
+    courses = jax.vmap(course_of, (None, 0))(mean, logs)
+
+    def ends(mean, points, logs):
+        return jax.vmap(off, (0, None, 0, 0))(courses, mean, points, logs)
+
+    def summed(weights, logs):
+        return projection(Point(*mean), Tangent(*(jnp.tensordot(weights, x, 1) for x in logs)))
+
+    def linear(unknown):
+        """In terms of the step of the mean and those of the logarithms' far ends, which is nearly the identity."""
+        mean_step, far = unknown
+        log_steps = Tangent(*(x - y for x, y in zip(far, mean_step, strict=True)))
+        _, moved = jax.jvp(lambda mean, logs: ends(mean, points, logs), (mean, logs), (mean_step, log_steps))
+        vertical = [x - y for x, y in zip(mean_step, projection(Point(*mean), Tangent(*mean_step)), strict=True)]
+        return tuple(x - y for x, y in zip(vertical, summed(weights, log_steps), strict=True)), moved
+
+    _, moved = jax.jvp(lambda points: ends(mean, points, logs), (points,), (steps,))
+    right = tuple(summed(weight_steps, logs)), tuple(-x for x in moved)
+    return mean, solve_linear(linear, right, tolerance=10 * float(jnp.finfo(mean[0].dtype).eps))[0]
+
+
+def _logarithms(mean, points):
+    """The logarithms of stacked points at one."""
+    return log(Point(*(jnp.broadcast_to(x, y.shape) for x, y in zip(mean, points, strict=True))), Point(*points))
