@@ -16,14 +16,6 @@ from balora_jax.cli import main
 pytestmark = pytest.mark.usefixtures("float64", "quick_compilation")
 
 
-@pytest.fixture
-def quick_compilation():
-    """To compile is most of the work."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_frechet_mean_is_where_the_logarithms_cancel():
     points = [bures.random_point(jax.random.key(0), (6, 5), 2)]
     for k in (1, 2):
