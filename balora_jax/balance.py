@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from balora_jax.exponents import exponents, times_two_to
-from balora_jax.factors import Stacks, working_dtype
+from balora_jax.factors import Factor, Stacks, working_dtype
 from balora_jax.gauge import Gauge, Route, check_gauge, check_route
 from balora_jax.in_place import update_if
 from balora_jax.linalg import matmul, split
@@ -193,11 +193,12 @@ def balance_pairs(
     return results
 
 
-def balance_factors(pairs: Sequence[tuple[jax.Array, jax.Array]], *, gauge: str, route: str) -> list[Balanced]:
-    """As `balance_pairs` of factors `(n, a, r)` and `(n, r, b)`, but those of skipped pairs need not be as they came.
+def balance_factors(pairs: Sequence[tuple[Factor, Factor]], *, gauge: str, route: str) -> list[Balanced]:
+    """As `balance_pairs` of factors `(n, a, r)` and `(n, r, b)`, but those of skipped pairs may be anything.
 
     Args:
-        pairs: `(lora_a (n, a, r), lora_b (n, r, b))` each, floating point.
+        pairs: `(lora_a (n, a, r), lora_b (n, r, b))` each, floating point. Of `Moved` ones the results hold the updates
+            that lead to the new factors.
         gauge: as for `balance`, checked.
         route: as for `balance`, checked.
     """

@@ -4,32 +4,50 @@ Two batched LAPACK calls of one program can wait for each other on XLA's CPU bac
 such a batch one by one anyway.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from balora_jax.platforms import has_one_cpu
+
 matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
+def over_stack(function: Callable, *stacked: Any) -> Any:
+    """Applies a function of matrices to stacked ones: all at once, but on CPUs one after the other.
+
+    There XLA multiplies single matrices several times as fast as stacked ones, and what the function makes of one stays
+    in the cache. Where a process has several CPU devices a stack may be sharded, and is not taken apart.
+
+    Args:
+        function: of trees of arrays, and to such.
+        *stacked: trees of arrays with a leading axis.
+    """
+    if jax.tree.leaves(stacked)[0].shape[0] == 1:
+        out = function(*jax.tree.map(lambda x: lax.squeeze(x, [0]), stacked))
+        return jax.tree.map(lambda x: x[None], out)
+    together = jax.vmap(function)
+    if not has_one_cpu():
+        return together(*stacked)
+    return lax.platform_dependent(*stacked, cpu=lambda *x: lax.map(lambda x: function(*x), x), default=together)
+
+
 def product(left: jax.Array, right: jax.Array) -> jax.Array:
-    """A stacked matrix product; one matrix is multiplied as such, which XLA's CPU backend does several times faster."""
-    if left.shape[0] > 1:
-        return matmul(left, right)
-    return matmul(lax.squeeze(left, [0]), lax.squeeze(right, [0]))[None]
+    """A stacked matrix product."""
+    return over_stack(matmul, left, right)
 
 
 def gram(factor: jax.Array, side: int) -> jax.Array:
-    """The stacked Gram matrices of stacked `lora_a (n, a, r)` (side 0) or `lora_b (n, r, b)` (side 1)."""
-    if factor.shape[0] == 1:
-        matrix = lax.squeeze(factor, [0])
-        return (matmul(matrix, matrix.T) if side else matmul(matrix.T, matrix))[None]
-    return matmul(factor, factor.mT) if side else matmul(factor.mT, factor)
+    """The Gram matrix of `lora_a (a, r)` (side 0) or `lora_b (r, b)` (side 1)."""
+    return matmul(factor, factor.T) if side else matmul(factor.T, factor)
 
 
-def split(stacked: jax.Array, stacks: list[jax.Array]) -> list[jax.Array]:
-    """An array over all pairs `(N, ...)`, cut into the parts of the stacks."""
+def split(stacked: jax.Array, stacks: Sequence[Any]) -> list[jax.Array]:
+    """An array over all pairs `(N, ...)`, cut into the parts of the stacks, which have shapes."""
     parts, start = [], 0
     for stack in stacks:
         parts.append(stacked[start : start + stack.shape[0]])

@@ -4,7 +4,16 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
+import jax
 from jax import lax
+
+
+def has_one_cpu() -> bool:
+    """Whether this process, and all that run with it, have one CPU device, so that no array of it is sharded."""
+    try:
+        return jax.device_count("cpu") == 1
+    except RuntimeError:  # without the CPU's backend
+        return False
 
 
 def with_choice(function: Callable, *arguments: Any, cpu: Hashable, default: Hashable) -> Any:

@@ -5,10 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from balora_jax.balance import Balanced, balance_factors, balance_pairs
-from balora_jax.factors import working_dtype
+from balora_jax.balance import balance_factors, balance_pairs
+from balora_jax.factors import Moved, working_dtype
 from balora_jax.gauge import Gauge, Route
+from balora_jax.in_place import update_if
+from balora_jax.linalg import split
 from balora_jax.pairs import Pairs, TreePairs
 from balora_jax.status import Status, is_skipped, status_of_update
 from balora_jax.trees import path_text
@@ -80,16 +83,22 @@ def project(
     moving = _with_updates(pairs, updates)
     trained = pairs.only(moving)
     old, steps = trained.read(params), trained.read(updates)
-    sums = [(_add_wide(a, u), _add_wide(b, v)) for (a, b), (u, v) in zip(old, steps, strict=True)]
-    outcomes = balance_factors(sums, gauge=gauge, route=route)
-    new_steps, changes, statuses = [], [], []
-    for factors, step, new in zip(old, steps, outcomes, strict=True):
-        status = _status(new, factors, step, least_ratio)
-        skipped, identity = is_skipped(status)[:, None, None], jnp.eye(new.T.shape[-1], dtype=new.T.dtype)[None]
-        news = zip(step, new[:2], factors, strict=True)
-        new_steps.append(tuple(jnp.where(skipped, u, (x - p.astype(x.dtype)).astype(u.dtype)) for u, x, p in news))
-        changes.append((jnp.where(skipped, identity, new.T), jnp.where(skipped, identity, new.T_inv)))
-        statuses.append(status)
+    moved = [(Moved(a, u), Moved(b, v)) for (a, b), (u, v) in zip(old, steps, strict=True)]
+    outcomes = balance_factors(moved, gauge=gauge, route=route)
+    status = _status(outcomes, moved, least_ratio)
+    statuses = split(status, [lora_a for lora_a, _ in old])
+
+    def as_they_came(new_steps):
+        return [
+            tuple(jnp.where(is_skipped(status)[:, None, None], u, x) for u, x in zip(step, new, strict=True))
+            for status, step, new in zip(statuses, steps, new_steps, strict=True)
+        ]
+
+    new_steps = update_if(is_skipped(status).any(), as_they_came, [outcome[:2] for outcome in outcomes])
+    changes = [
+        tuple(jnp.where(is_skipped(status)[:, None, None], jnp.eye(x.shape[-1], dtype=x.dtype)[None], x) for x in both)
+        for status, both in zip(statuses, ((outcome.T, outcome.T_inv) for outcome in outcomes), strict=True)
+    ]
     rest = [jnp.full(n, Status.NO_UPDATE, jnp.int8) for n in pairs.counts(params)]
     every = _in_places(statuses, moving, rest)
     return Projected(
@@ -136,28 +145,34 @@ def _in_places(some: Sequence[Any], places: Sequence[bool], others: Sequence[Any
     return [next(remaining) if here else other for here, other in zip(places, others, strict=True)]
 
 
-def _status(new: Balanced, factors, step, least_ratio: jax.typing.ArrayLike) -> jax.Array:
-    """The status of stacked pairs that balancing would take to `new`."""
-    # the largest entry, as XLA:CPU takes three times as long for any(); true for a NaN
-    moves_a, moves_b, has_a, has_b = (jnp.abs(x).max((1, 2)) != 0 for x in (*step, *factors))
+def _status(outcomes, moved, least_ratio: jax.typing.ArrayLike) -> jax.Array:
+    """The status `(N)` of pairs that balancing would take to these outcomes."""
+
+    def over_pairs(values):
+        return jnp.concatenate(list(values))
+
+    def has_entries(arrays):
+        # the largest entry, as XLA:CPU takes three times as long for any(); true for a NaN
+        return over_pairs(jnp.abs(x).max((1, 2)) != 0 for x in arrays)
+
+    def frozen(one_moves):
+        has_a, has_b = (has_entries(factor.start for factor in side) for side in zip(*moved, strict=True))
+        return one_moves & has_a & has_b
+
     # also where the gradient of a factor is zero because its partner is, or because nothing reaches the pair: a fresh
     # expert without tokens, of which weight decay moves A alone
+    moves_a, moves_b = (has_entries(factor.step for factor in side) for side in zip(*moved, strict=True))
     one_moves = moves_a != moves_b
+    eps = [len(a.start) * [max(_eps(a.start), _eps(b.start))] for a, b in moved]
     return status_of_update(
-        new.status,
-        frozen=one_moves & has_a & has_b,
-        cancellation=new.cancellation,
-        eps=max(map(_eps, factors)),
-        ratio=new.ratio,
+        over_pairs(outcome.status for outcome in outcomes),
+        frozen=update_if(one_moves.any(), frozen, one_moves),
+        cancellation=over_pairs(outcome.cancellation for outcome in outcomes),
+        eps=np.concatenate(eps).astype(np.float32),
+        ratio=over_pairs(outcome.ratio for outcome in outcomes),
         one_moves=one_moves,
         least_ratio=least_ratio,
     )
-
-
-def _add_wide(param, update):
-    """`param + update` in float32 or wider."""
-    wide = working_dtype(param, update)
-    return param.astype(wide) + update.astype(wide)
 
 
 def _eps(x) -> float:

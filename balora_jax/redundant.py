@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from balora_jax.exponents import even_exponents, times_two_to
-from balora_jax.factors import Stacks
+from balora_jax.factors import Stacks, over_factors, value, written
 from balora_jax.gauge import Change, matching, orthogonal_factor
 from balora_jax.linalg import matmul, orthonormal
 from balora_jax.stages import Outcome, balance_in_stages, ratio_of_norms
@@ -25,7 +25,7 @@ def balance_redundant(
         precision: dtype that the factors come from and go to.
         wide: dtype of the arithmetic.
     """
-    (lora_a,), (lora_b,) = stacks
+    (lora_a,), (lora_b,) = over_factors(value, stacks)
     thin = lora_a.mT if lora_a.shape[1] <= lora_b.shape[2] else lora_b
     thin = jnp.where(jnp.isfinite(thin).all((1, 2), keepdims=True), thin, 0).astype(wide)
     basis = orthonormal(lax.map(lambda matrix: jnp.linalg.qr(matrix)[0], thin))
@@ -41,7 +41,7 @@ def balance_redundant(
     squares_a, squares_b = (jnp.square(x).sum(1) for x in (lora_a, lora_b.mT))
     lost = (squares_a * jnp.square(new_b).sum(2) + squares_b * jnp.square(new_a).sum(1)).sum(1)
     return Outcome(
-        Stacks([new_a], [new_b]),
+        over_factors(written, Stacks([new_a], [new_b]), stacks),
         Change(matmul(T, turn), matmul(turn.mT, T_inv), inner.change.values, inner.change.found),
         inner.evidence._replace(damage=jnp.maximum(inner.evidence.damage, shared)),
         jnp.sqrt(lost / 2) / jnp.linalg.norm(jnp.square(small_a).sum(1), axis=1),

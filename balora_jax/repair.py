@@ -5,6 +5,7 @@ gauge found from them began too far from balance, the pairs as it leaves them ta
 so on until Gram matrices carry it. What no pass can carry is skipped.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jax import lax
 from balora_jax.exponents import at_one_scale, even_exponents, of_unscaled, times_two_to
 from balora_jax.factors import Grams, Stacks
 from balora_jax.gauge import Change, exact_change, identity_change, refined_inverse, rotation, select, turned
-from balora_jax.linalg import gram, matmul, product, split
+from balora_jax.linalg import gram, matmul, over_stack, product, split
 from balora_jax.rounding import cancellation, carries, condition, damage
 from balora_jax.status import Evidence
 
@@ -58,7 +59,7 @@ def repair(
     """Balances some pairs of each stack.
 
     Args:
-        stacks: the pairs.
+        stacks: the pairs, in float32 or wider.
         wanted: `(n)` bool over all pairs, those to balance.
         gauge: one of `GAUGES`.
         precision: dtype that the factors come from and go to.
@@ -116,16 +117,15 @@ def repair(
 def _grams(stacks, going, i, j, wide):
     """The Gram matrices of the pairs `(2^-i A, 2^-j B)` in the dtype `wide`, of the stacks with a pair that goes on."""
 
-    def of_stack(lora_a, lora_b, i, j):
-        lora_a, lora_b = (times_two_to(x.astype(wide), -k[:, None, None]) for x, k in ((lora_a, i), (lora_b, j)))
-        return gram(lora_a, 0), gram(lora_b, 1)
+    def of_pair(lora_a, lora_b, i, j):
+        return gram(times_two_to(lora_a.astype(wide), -i), 0), gram(times_two_to(lora_b.astype(wide), -j), 1)
 
     def of_none(lora_a, lora_b, i, j):
         return 2 * (jnp.zeros((len(lora_a), *2 * lora_a.shape[2:]), wide),)
 
     parts = (split(x, stacks.lora_a) for x in (going, i, j))
     each = [
-        lax.cond(part.any(), of_stack, of_none, *operands)
+        lax.cond(part.any(), partial(over_stack, of_pair), of_none, *operands)
         for part, *operands in zip(next(parts), *stacks, *parts, strict=True)
     ]
     return Grams(*(jnp.concatenate(side) for side in zip(*each, strict=True)))

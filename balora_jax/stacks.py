@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from balora_jax.factors import Stacks, cast, working_dtype
+from balora_jax.factors import Moved, Stacks, over_factors, working_dtype
 from balora_jax.linalg import split
 from balora_jax.redundant import balance_redundant
 from balora_jax.sharding import sharded_like
@@ -22,7 +22,8 @@ class BalancedStacks(NamedTuple):
     """The outcome of `balance_stacks` for N pairs.
 
     Attributes:
-        stacks: the factors after the projection. Those of skipped pairs need not be as they came.
+        stacks: the factors after the projection, as `balora_jax.factors.written`. Those of skipped pairs may be
+            anything.
         T: `(N, r, r)`, the change of gauge, in float32 or wider; the identity for skipped pairs.
         T_inv: `(N, r, r)`.
         status: `(N)` int8, see `balora_jax.status.Status`.
@@ -46,7 +47,8 @@ def balance_stacks(stacks: Stacks, gauge: str, route: str) -> BalancedStacks:
         gauge: one of `GAUGES`.
         route: one of `ROUTES`.
     """
-    return BalancedStacks(*sharded_like((stacks,), _compiled(gauge, route), stacks, replicated=5))
+    like = over_factors(lambda factor: factor.step if isinstance(factor, Moved) else factor, stacks)
+    return BalancedStacks(*sharded_like((like,), _compiled(gauge, route), stacks, replicated=5))
 
 
 @cache
@@ -86,38 +88,45 @@ def _on_any_platform(stacks, gauge, route):
     program, which may be compiled for another platform than that of the process that traces it.
     """
     wide = partial(_balanced, gauge=gauge, route=route, wide=jnp.float64)
-    if working_dtype(*jax.tree.leaves(stacks)) == jnp.float64:
+    if working_dtype(stacks) == jnp.float64:
         return wide(stacks)
     on_tpu = "iterative" if route == "auto" and gauge == "svd" else route
     narrow = partial(_balanced, gauge=gauge, route=on_tpu, wide=jnp.float32)
     return lax.platform_dependent(stacks, tpu=narrow, default=wide)
 
 
-def _balanced(old, gauge, route, wide):
+def _balanced(stacks, gauge, route, wide):
     """The fields of a `BalancedStacks`."""
-    working = working_dtype(*jax.tree.leaves(old))
+    working = working_dtype(stacks)
     with jax.enable_x64(wide == jnp.float64):
-        stacks = cast(old, working)
-        if old.lora_a[0].shape[2] > min(old.lora_a[0].shape[1], old.lora_b[0].shape[2]):
+        if stacks.is_redundant:
             outcome = balance_redundant(stacks, gauge, working, wide)
         else:
             outcome = balance_in_stages(stacks, gauge, route, working, wide)
-        new = jax.tree.map(lambda x, y: x.astype(y.dtype), outcome.stacks, old)
-        evidence = outcome.evidence._replace(held=_held(new, working))
+        evidence = outcome.evidence._replace(held=_held(outcome.stacks, stacks, working))
         status = status_of_balancing(evidence, working, wide)
-        skipped, identity = is_skipped(status)[:, None, None], jnp.eye(outcome.change.T.shape[-1], dtype=working)[None]
+        skipped, identity = is_skipped(status)[:, None, None], jnp.eye(stacks.rank, dtype=working)[None]
         T, T_inv = (jnp.where(skipped, identity, x.astype(working)) for x in outcome.change[:2])
-        return new, T, T_inv, status, outcome.cancellation.astype(jnp.float32), outcome.ratio.astype(jnp.float32)
+        return (
+            outcome.stacks,
+            T,
+            T_inv,
+            status,
+            outcome.cancellation.astype(jnp.float32),
+            outcome.ratio.astype(jnp.float32),
+        )
 
 
-def _held(stacks, working):
-    """Whether the dtypes of new factors that are narrower than the working one hold them, `(N)` bool."""
-    sides = []
-    for factors in stacks:
-        held = []
-        for factor in factors:
-            finfo, largest = jnp.finfo(factor.dtype), jnp.abs(factor).max((1, 2))
-            narrower = finfo.max < jnp.finfo(working).max
-            held.append((jnp.isfinite(largest) & (largest >= finfo.tiny)) if narrower else jnp.ones(len(factor), bool))
-        sides.append(jnp.concatenate(held))
-    return sides[0] & sides[1]
+def _held(new, stacks, working):
+    """Whether the dtypes of new factors that are narrower than the working one hold them, `(N)` bool; of an update that
+    leads to them it is what it is added to that must."""
+
+    def of_stack(new, factor):
+        finfo = jnp.finfo(new.dtype)
+        if isinstance(factor, Moved) or finfo.max >= jnp.finfo(working).max:
+            return jnp.ones(len(new), bool)
+        largest = jnp.abs(new).max((1, 2))
+        return jnp.isfinite(largest) & (largest >= finfo.tiny)
+
+    held_a, held_b = over_factors(of_stack, new, stacks)
+    return jnp.concatenate(held_a) & jnp.concatenate(held_b)

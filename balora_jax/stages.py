@@ -5,6 +5,7 @@ applies the change of gauge to each factor. Pairs whose Gram matrices of working
 (ill-conditioned factors, extreme scales, lacking rank) go through `balora_jax.repair` between.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from balora_jax.exponents import near_one, of_unscaled, times_two_to
-from balora_jax.factors import Grams, Stacks, apply, cast, gram_products
+from balora_jax.factors import Grams, Stacks, apply, cast, gram_products, over_factors, value, working_dtype, written
 from balora_jax.gauge import (
     Change,
     column_norms,
@@ -24,6 +25,7 @@ from balora_jax.gauge import (
     turned,
 )
 from balora_jax.in_place import SELDOM, update_if
+from balora_jax.linalg import split
 from balora_jax.repair import repair
 from balora_jax.rounding import MOST_CONDITION, cancellation, carries, condition
 from balora_jax.status import Evidence
@@ -39,7 +41,8 @@ class Outcome(NamedTuple):
     """What the stages make of N pairs.
 
     Attributes:
-        stacks: the pairs `(A T, T^-1 B)`; the factors of pairs that the evidence speaks against may be anything.
+        stacks: the pairs `(A T, T^-1 B)`, as `balora_jax.factors.written`; those that the evidence speaks against may
+            be anything.
         change: T; likewise.
         evidence: from which their status follows.
         cancellation: `(N)`, see `balora_jax.rounding.cancellation`.
@@ -73,38 +76,45 @@ def balance_in_stages(
     """Balances pairs with `r <= min(a, b)`.
 
     Args:
-        stacks: the pairs, in float32 or wider.
+        stacks: the pairs.
         gauge: one of `GAUGES`.
         route: one of `ROUTES`.
-        precision: dtype that the factors come from and go to.
+        precision: float32 or wider, the dtype that the factors come from and go to.
         wide: dtype of the r x r work, and of the repair.
     """
-    eps = float(jnp.finfo(precision).eps)
+    eps, dtype = float(jnp.finfo(precision).eps), working_dtype(stacks)
     grams = cast(gram_products(stacks), wide)
     ratio = ratio_of_norms(*(jnp.trace(x, axis1=1, axis2=2) for x in grams))
     in_range = _in_range(grams.gram_a) & _in_range(grams.gram_b)
     grams = _scaled_alike(grams)
-    solution = solve(grams, in_range, gauge, route, stacks.lora_a[0].dtype)
+    solution = solve(grams, in_range, gauge, route, dtype)
     sufficient, lost_digits = solution.sufficient, cancellation(solution.change, *grams)
     in_gauge = sufficient & _in_gauge(grams, gauge, eps)
     change = select(in_gauge, identity_change(grams.gram_a), solution.change)
     evidence = _of_sufficient(solution.condition, in_gauge)
 
+    new = apply(select(sufficient, change, identity_change(grams.gram_a)), stacks)
+
     def repaired(carry):
-        stacks, change, evidence, lost_digits = carry
-        wider = repair(stacks, ~sufficient, gauge, precision, wide)
-        change, evidence, lost_digits = jax.tree.map(
-            lambda x, y: jnp.where(sufficient.reshape(-1, *(x.ndim - 1) * (1,)), x, y),
+        new, change, evidence, lost_digits = carry
+        # in the place of the new factors, of which nothing is needed of these pairs
+        parts = Stacks(*2 * (split(sufficient, stacks.lora_a),))
+        mixed = over_factors(lambda x, old, done: _where(done, x.astype(dtype), value(old)), new, stacks, parts)
+        wider = repair(mixed, ~sufficient, gauge, precision, wide)
+        new = over_factors(
+            lambda x, old, done: _where(done, x.astype(written(x, old).dtype), written(x, old)),
+            wider.stacks,
+            stacks,
+            parts,
+        )
+        return new, *jax.tree.map(
+            partial(_where, sufficient),
             (change, evidence, lost_digits),
             (wider.change, wider.evidence, wider.cancellation),
         )
-        return wider.stacks, change, evidence, lost_digits
 
-    stacks, change, evidence, lost_digits = update_if(
-        (~sufficient).any(), repaired, (stacks, change, evidence, lost_digits)
-    )
-    stacks = apply(select(sufficient, change, identity_change(grams.gram_a)), stacks)
-    return Outcome(stacks, change, evidence, lost_digits, ratio)
+    new, change, evidence, lost_digits = update_if((~sufficient).any(), repaired, (new, change, evidence, lost_digits))
+    return Outcome(new, change, evidence, lost_digits, ratio)
 
 
 def solve(grams: Grams, usable: jax.Array, gauge: str, route: str, precision: jax.typing.DTypeLike) -> Solution:
@@ -155,6 +165,11 @@ def ratio_of_norms(square_a: jax.Array, square_b: jax.Array) -> jax.Array:
     """Returns the smaller of two norms over the larger one, 1 for two zeros, given their squares of any shape."""
     largest = jnp.maximum(square_a, square_b)
     return jnp.sqrt(jnp.where(largest == 0, 1, jnp.minimum(square_a, square_b) / jnp.where(largest == 0, 1, largest)))
+
+
+def _where(condition, x, y):
+    """Parts of stacked arrays where a condition `(n)` holds, those of others elsewhere."""
+    return jnp.where(condition.reshape(-1, *(x.ndim - 1) * (1,)), x, y)
 
 
 def _scaled_alike(grams):

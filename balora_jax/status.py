@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Status(enum.IntEnum):
@@ -92,7 +93,7 @@ def status_of_update(
     *,
     frozen: jax.Array,
     cancellation: jax.Array,
-    eps: float,
+    eps: np.ndarray,
     ratio: jax.Array,
     one_moves: jax.Array,
     least_ratio: jax.typing.ArrayLike,
@@ -103,7 +104,7 @@ def status_of_update(
         status: `(n)` int8, from `status_of_balancing`.
         frozen: `(n)` bool, whether one factor has no update though neither is zero.
         cancellation: `(n)`, see `balora_jax.rounding.cancellation`.
-        eps: rounding of the parameters' dtype.
+        eps: `(n)`, rounding of the parameters' dtypes.
         ratio: `(n)`, the norm of the smaller factor over that of the larger one.
         one_moves: `(n)` bool, whether one factor alone has an update.
         least_ratio: pairs with a smaller ratio wait, and those of which one factor alone has an update; 0 for no wait.

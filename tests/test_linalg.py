@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from balora_jax.linalg import eigh, gram, orthonormal, product, qr, split, svd
+from balora_jax.linalg import eigh, gram, orthonormal, over_stack, product, qr, split, svd
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -17,8 +17,9 @@ def stack(*shape, seed=0):
 def test_products_of_one_matrix_and_of_several(count):
     left, right = stack(count, 5, 4), stack(count, 4, 6, seed=1)
     np.testing.assert_allclose(product(left, right), left @ right, atol=1e-13)
-    np.testing.assert_allclose(gram(left, 0), left.mT @ left, atol=1e-13)
-    np.testing.assert_allclose(gram(right, 1), right @ right.mT, atol=1e-13)
+    for side, factor, expected in ((0, left, left.mT @ left), (1, right, right @ right.mT)):
+        found = over_stack(lambda matrix, side=side: gram(matrix, side), factor)
+        np.testing.assert_allclose(found, expected, atol=1e-13)
 
 
 def test_what_is_over_all_pairs_is_cut_into_the_parts_of_the_stacks():
