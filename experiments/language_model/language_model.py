@@ -280,8 +280,9 @@ def report():
                 cells += ["yes" if is_equivalent(difference) else "not shown", shown(found.slope(method))]
             final.append(f"| {' | '.join(cells)} | {len(runs) - len(finite)} |")
     (HERE / "tuning.md").write_text("\n".join(tuning) + "\n")
-    (HERE / "final.md").write_text("\n".join(final) + "\n")
-    draw(results)
+    if told:
+        (HERE / "final.md").write_text("\n".join(final) + "\n")
+        draw(results)
 
 
 def draw(results):
