@@ -205,7 +205,8 @@ class TrainingSettings:
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: number of checkpoints kept.
         log_every: steps between writes of the metrics of every step.
-        members_at_once: runs of a population that are computed at the same time; None for all. Fewer need less memory.
+        members_at_once: runs of a population that are computed at the same time; None for all, but two on a CPU, which
+            is fastest there. Fewer need less memory.
         max_new_tokens: tokens generated per answer in the evaluation; None for the length of the longest right answer.
         select: the adapters that a run ends with, and that its results are of: those of the `"last"` step, or the
             `"best"`, of the lowest evaluation loss.

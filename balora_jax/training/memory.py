@@ -12,6 +12,9 @@ from balora_jax.models.attention import MOST_BLOCKS
 from balora_jax.settings import Config, TrainingSettings
 from balora_jax.training.evaluation import EvaluationSet
 
+MEMBERS_ON_CPUS = 2
+"""Members at a time on one CPU device, where the data of more do not stay in the cache (benchmarks/sweep.py)."""
+
 NO_MACHINE = 2**50
 """Bytes that no machine has."""
 
@@ -74,7 +77,8 @@ def check_step(config: Config, model: DecoderConfig, *, members: int, length: in
     """
     training = config.training
     batch = members * training.accumulate * training.batch_size * length * _BATCH_BYTES
-    together = min(members, training.members_at_once or members)
+    most = MEMBERS_ON_CPUS if jax.default_backend() == "cpu" else members
+    together = min(members, training.members_at_once or most)
     needed = max(batch, together * _scores(model, training.batch_size, length, length))
     fields = "data.length, training.batch_size or training.accumulate"
     rows = f"{members} x {training.accumulate} x {training.batch_size}"

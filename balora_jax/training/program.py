@@ -13,10 +13,12 @@ from flax import nnx
 from balora_jax.adapters import adapter_scale, lora_ga_start, start_at
 from balora_jax.methods import get_method
 from balora_jax.models import Decoder
+from balora_jax.platforms import with_choice
 from balora_jax.settings import Config
 from balora_jax.training.adapted import AdaptedModel
 from balora_jax.training.hyperparameters import Numbers, optimizer_of, stacked_numbers
 from balora_jax.training.layout import Layout
+from balora_jax.training.memory import MEMBERS_ON_CPUS
 from balora_jax.training.selection import nothing_seen, seen
 from balora_jax.training.state import TrainState, named_key
 from balora_jax.training.step import Batch, mean_loss, token_losses, train_step
@@ -146,10 +148,17 @@ class Program:
             function: of one member.
             *arguments: its arguments, with a leading axis of members.
         """
-        limit, count = self.config.training.members_at_once, len(jax.tree.leaves(arguments)[0])
-        if limit is None or count <= limit:
-            return jax.vmap(function)(*arguments)
-        return jax.lax.map(lambda one: function(*one), arguments, batch_size=limit)
+        count = len(jax.tree.leaves(arguments)[0])
+        limit = min(self.config.training.members_at_once or count, count)
+
+        def by_groups(limit: int, *arguments: Any) -> Any:
+            if limit == count:
+                return jax.vmap(function)(*arguments)
+            return jax.lax.map(lambda one: function(*one), arguments, batch_size=limit)
+
+        is_open = self.config.training.members_at_once is None and self.layout is None
+        on_cpus = min(MEMBERS_ON_CPUS, count) if is_open else limit
+        return with_choice(by_groups, *arguments, cpu=on_cpus, default=limit)
 
     def scale(self, member: Config) -> float:
         """Returns by what the products of a member's pairs are multiplied."""
