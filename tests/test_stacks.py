@@ -9,7 +9,8 @@ from compilation import OPTIMIZED
 from oracles import gap, hyper_balanced
 from processes import run_alone
 
-from balora_jax import ROUTES, balance, balance_pair, balance_pairs, balora, balora_project
+from balora_jax import ROUTES, balance, balance_pair, balance_pairs, balora, balora_project, linalg, stacks
+from balora_jax.status import Status
 
 TREE = {"a": (96, 160), "b": (64, 40)}
 
@@ -304,6 +305,40 @@ def test_pairs_of_all_shapes_at_once_are_as_each_alone():
         alone = balance_pair(*pair)
         for x, y in zip(together, alone, strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_stacks_one_by_one_and_together(monkeypatch):
+    """Of experts, in half precision, at scales of their own, with a pair that lacks rank and one that stands still."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "experts": ((3, 4, 17, 5), (3, 4, 5, 29)),
+        "half": ((6, 33, 4), (6, 4, 21)),
+        "scaled": ((7, 40, 3), (7, 3, 50)),
+    }
+    sizes = {"experts": (1, 1e-3), "half": (1, 1), "scaled": (1e9, 1e8)}
+    drawn = {
+        name: [np.float32(size * rng.standard_normal(shape)) for size, shape in zip(sizes[name], sides, strict=True)]
+        for name, sides in shapes.items()
+    }
+    drawn["experts"][1][1, 2] = 0
+    params = {
+        name: dict(zip(("lora_a", "lora_b"), map(jnp.asarray, pair), strict=True)) for name, pair in drawn.items()
+    }
+    params["half"] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params["half"])
+    updates = jax.tree.map(lambda x: 1e-2 * x.astype(jnp.float32) * rng.choice([-1, 1], x.shape), params)
+    updates["scaled"]["lora_a"] = updates["scaled"]["lora_a"].at[3].set(0)
+    tx = balora_project(least_ratio=0.0)
+    found = []
+    for alone in (True, False):
+        monkeypatch.setattr(linalg, "has_one_cpu", lambda alone=alone: alone)
+        stacks._compiled.cache_clear()
+        found.append(jax.jit(lambda *x: tx.update(*x))(updates, tx.init(params), params))
+    stacks._compiled.cache_clear()
+    (one, state), (other, other_state) = found
+    np.testing.assert_array_equal(state.status, other_state.status)
+    assert set(np.asarray(state.status)) == {Status.BALANCED, Status.RANK_DEFICIENT, Status.FROZEN}
+    for x, y, p in zip(*map(jax.tree.leaves, (one, other, params)), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6 * np.abs(np.asarray(p, float)).max())
 
 
 def compiled_update(params):
