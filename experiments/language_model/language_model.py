@@ -271,7 +271,8 @@ def report():
             scale, rate = found.chosen[method]
             runs = list(found.runs(method).values())
             finite = [row["loss"] for row in runs if row["diverged_at"] < 0]
-            cells = [str(rank), method, f"{scale:.3g}, {rate:.3g}", str(len(runs)), f"{statistics.fmean(finite):.4f}"]
+            mean = f"{statistics.fmean(finite):.4f}" if finite else "-"
+            cells = [str(rank), method, f"{scale:.3g}, {rate:.3g}", str(len(runs)), mean]
             difference = told.get((rank, method))
             if difference is None:
                 cells += 4 * ["-"]
