@@ -48,6 +48,12 @@ def factorization_eigenvalues(lora_a: ArrayLike, lora_b: ArrayLike, rest: ArrayL
         >>> factorization_eigenvalues([[2.0], [0.0]], [[1.0, 0.0, 0.0]])
         array([5., 4., 4., 1.])
     """
+    parts = _eigenvalues_with_counts(lora_a, lora_b, rest)
+    return -np.sort(-np.concatenate([np.repeat(values, count, axis=-1) for values, count in parts], -1), axis=-1)
+
+
+def _eigenvalues_with_counts(lora_a, lora_b, rest):
+    """The eigenvalues as arrays `(..., n)`, each with how often it comes."""
     a, b, rest = np.asarray(lora_a, float), np.asarray(lora_b, float), np.atleast_1d(np.asarray(rest, float))
     if a.ndim < 2 or b.ndim < 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
         raise ValueError(f"lora_a must be (..., a, r) and lora_b (..., r, b), got shapes {a.shape} and {b.shape}")
@@ -63,12 +69,28 @@ def factorization_eigenvalues(lora_a: ArrayLike, lora_b: ArrayLike, rest: ArrayL
     if np.any(rest < 0):
         raise ValueError(f"rest must hold singular values, which are not negative, got {rest.min()}")
     rest = np.broadcast_to(rest, (*leading, count))
-    square_a, square_b = (np.linalg.svd(x, compute_uv=False) ** 2 for x in (a, b))
-    inside = (square_a[..., :, None] + square_b[..., None, :]).reshape(*leading, -1)
-    parts = [inside, np.repeat(square_b, rows - count, axis=-1), np.repeat(square_a, columns - count, axis=-1)]
+    values_a, values_b = (np.linalg.svd(x, compute_uv=False) for x in (a, b))
+    parts = _of_product(values_a, values_b, rows - count, columns - count)
     if count:
-        parts.append(_block_eigenvalues(a, b, rest).reshape(*leading, -1))
-    return -np.sort(-np.concatenate(parts, -1), axis=-1)
+        parts.append((_block_eigenvalues(a, b, rest).reshape(*leading, -1), 1))
+    return parts
+
+
+def _of_product(values_a, values_b, rows, columns):
+    """Those with counts where Z has rank r, by the singular values `(..., r)` of the factors.
+
+    `rows` and `columns` are how many of Z's are beyond r.
+    """
+    square_a, square_b = values_a**2, values_b**2
+    inside = (square_a[..., :, None] + square_b[..., None, :]).reshape(*values_a.shape[:-1], -1)
+    return [(inside, 1), (square_b, rows), (square_a, columns)]
+
+
+def _ratio_of_extremes(parts):
+    """The greatest eigenvalue by the least, `(...)`; infinite where that is not positive."""
+    values = np.concatenate([values for values, count in parts if count], -1)
+    least = values.min(-1)
+    return np.where(least > 0, values.max(-1) / np.where(least > 0, least, 1), np.inf)
 
 
 def _block_eigenvalues(a, b, rest):
@@ -108,9 +130,19 @@ def factorization_condition_number(
         lora_b: as for `factorization_eigenvalues`.
         rest: as for `factorization_eigenvalues`.
     """
-    values = factorization_eigenvalues(lora_a, lora_b, rest)
-    least = values[..., -1]
-    return np.where(least > 0, values[..., 0] / np.where(least > 0, least, 1), np.inf)
+    return _ratio_of_extremes(_eigenvalues_with_counts(lora_a, lora_b, rest))
+
+
+def condition_number_by_values(values_a: np.ndarray, values_b: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """`factorization_condition_number` at `Z = A B`, `(...)`, from the singular values of the factors.
+
+    Args:
+        values_a: `(..., r)`, of A.
+        values_b: `(..., r)`, of B.
+        shape: `(a, b)` of Z, each at least r.
+    """
+    rank = values_a.shape[-1]
+    return _ratio_of_extremes(_of_product(values_a, values_b, shape[0] - rank, shape[1] - rank))
 
 
 def least_condition_number(singular_values: ArrayLike, rank: int) -> np.ndarray:

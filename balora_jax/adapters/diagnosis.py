@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from balora_jax.adapters.peft import CONFIG_FILE, TENSOR_FILE, PeftAdapter
-from balora_jax.conditioning import factorization_condition_number, least_condition_number
+from balora_jax.conditioning import condition_number_by_values, least_condition_number
 from balora_jax.pairs import read_pairs
 
 
@@ -67,21 +67,23 @@ def diagnose(lora_a: ArrayLike, lora_b: ArrayLike, scale: float = 1.0) -> Diagno
         raise ValueError(f"lora_a must be (in, r) and lora_b (r, out), got shapes {a.shape} and {b.shape}")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("lora_a and lora_b must be finite, got a NaN or an infinity")
-    rank = a.shape[1]
-    values = product_singular_values(a, b)
+    rank, (size_a, left), (size_b, right) = a.shape[1], _triangle(a), _triangle(b.T)
+    values = _singular_values(size_a, left, size_b, right)
     if not np.isfinite(abs(scale) * values).all():
         raise ValueError(f"the update must be within float64, got factors of up to {abs(a).max():g}, {abs(b).max():g}")
-    unit = max(_size(a), _size(b))
-    a, b = a / unit, b / unit  # which changes none of what follows, and keeps squares within float64
-    gram_a, gram_b = a.T @ a, b @ b.T
+    unit = max(size_a, size_b)
+    left, right = left * (size_a / unit), right * (size_b / unit)  # which keeps squares within float64
+    gram_a, gram_b = left.T @ left, right.T @ right
     size = np.linalg.norm(gram_a) + np.linalg.norm(gram_b)
+    values_a, values_b = (np.linalg.svd(x, compute_uv=False) for x in (left, right))
+    shape = len(a), b.shape[1]
     full = rank <= len(values) and values[rank - 1] > len(values) * np.finfo(np.float32).eps * values[0]
     return Diagnosis(
-        shape=(a.shape[0], b.shape[1]),
+        shape=shape,
         rank=rank,
         singular_values=abs(scale) * values,
         gap=float(np.linalg.norm(gram_a - gram_b) / size) if size else 0.0,
-        condition_number=float(factorization_condition_number(a, b)) if full else np.inf,
+        condition_number=float(condition_number_by_values(values_a, values_b, shape)) if full else np.inf,
         least_condition_number=float(least_condition_number(values, rank)) if full else np.inf,
     )
 
@@ -115,14 +117,17 @@ def product_singular_values(lora_a: np.ndarray, lora_b: np.ndarray) -> np.ndarra
         lora_a: `(a, r)`.
         lora_b: `(r, b)`.
     """
-    size_a, size_b = _size(lora_a), _size(lora_b)
-    left, right = (
-        np.asarray(np.linalg.qr(factor, mode="r")) for factor in (lora_a / size_a, np.transpose(lora_b) / size_b)
-    )
+    return _singular_values(*_triangle(lora_a), *_triangle(np.transpose(lora_b)))
+
+
+def _singular_values(size_a, left, size_b, right):
+    """Those of `A B`, from what `_triangle` returns for A and for the transpose of B."""
     with np.errstate(over="ignore"):
         return np.linalg.svd(left @ right.T, compute_uv=False) * size_a * size_b
 
 
-def _size(factor: np.ndarray) -> float:
-    """The power of 2 at a factor's largest entry; 1 if it is zero."""
-    return float(2.0 ** np.floor(np.log2(abs(factor).max()))) if factor.any() else 1.0
+def _triangle(factor):
+    """The power of 2 at the largest entry of a factor `(n, r)`, 1 if it is zero, and the triangle `(min(n, r), r)` of
+    the QR decomposition of what is left without it."""
+    size = float(2.0 ** np.floor(np.log2(abs(factor).max()))) if factor.any() else 1.0
+    return size, np.linalg.qr(factor / size, mode="r")

@@ -1,5 +1,6 @@
 """A PEFT adapter whose pairs are balanced, as a folder."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from balora_jax.adapters import read_peft, write_peft
-from balora_jax.adapters.diagnosis import Diagnosis, diagnose_adapter, product_singular_values
+from balora_jax.adapters.diagnosis import Diagnosis, diagnose_adapter
 from balora_jax.balance import Balanced, balance_pairs
 from balora_jax.commands.folders import copy_other_files, explained, whole_folder
 from balora_jax.pairs import ArrayPair, read_pairs, write_pairs
@@ -25,6 +26,9 @@ _REASONS = {
     Status.OUT_OF_RANGE: "their dtype cannot hold the balanced factors",
     Status.CANCELLING: "their factors cancel in the product",
 }
+
+# What runs once is compiled quickly. Matrices are multiplied and decomposed by libraries.
+_COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 
 
 def write_balanced(source: Path, out: Path, gauge: Gauge, console: Console) -> None:
@@ -39,22 +43,27 @@ def write_balanced(source: Path, out: Path, gauge: Gauge, console: Console) -> N
     Raises:
         ConfigError: the folder holds no LoRA adapter, or the new one cannot be written.
     """
-    with explained("ADAPTER"):
-        adapter = read_peft(source)
-        before = diagnose_adapter(adapter)
-    pairs = adapter.pairs()
-    found = list(pairs.values())
-    factors = read_pairs(adapter.tensors, found)
-    balanced = _balanced(factors, gauge)
-    new = replace(adapter, tensors=write_pairs(adapter.tensors, found, [pair[:2] for pair in balanced]))
-    with whole_folder(out) as folder:
-        write_peft(new, folder)
-        copy_other_files(source, folder)  # the config among them
-    console.print(_table({"before": before, "after": diagnose_adapter(new)}))
-    change = max(_change(old, pair[:2]) for old, pair in zip(factors, balanced, strict=True))
+    with console.status("reading the pairs") as progress:
+        with explained("ADAPTER"):
+            adapter = read_peft(source)
+            before = diagnose_adapter(adapter)
+        pairs = adapter.pairs()
+        found = list(pairs.values())
+        factors = read_pairs(adapter.tensors, found)
+        progress.update(f"balancing {len(pairs)} pairs")
+        balanced = _balanced(factors, gauge)
+        new = replace(adapter, tensors=write_pairs(adapter.tensors, found, [pair[:2] for pair in balanced]))
+        progress.update(f"writing {out}")
+        with whole_folder(out) as folder:
+            write_peft(new, folder)
+            copy_other_files(source, folder)  # the config among them
+        progress.update(f"measuring {len(pairs)} pairs")
+        after = diagnose_adapter(new)
+        change = max(_change(old, pair[:2]) for old, pair in zip(factors, balanced, strict=True))
+    console.print(_table({"before": before, "after": after}))
     console.print(f"{len(pairs)} pairs; products changed by at most {change:.0e} of their norm: {out}")
-    for status, why in _REASONS.items():
-        names = [name for name, pair in zip(pairs, balanced, strict=True) if (pair.status == status).any()]
+    for reason, why in _REASONS.items():
+        names = [name for name, pair in zip(pairs, balanced, strict=True) if (pair.status == reason).any()]
         if names:
             console.print(f"skipped, because {why}: {', '.join(names)}")
 
@@ -67,7 +76,8 @@ def _balanced(pairs: Sequence[ArrayPair], gauge: Gauge) -> list[Balanced]:
         alike.setdefault(tuple((x.shape, x.dtype) for x in pair), []).append(i)
     stacks = [tuple(np.concatenate([pairs[i][side] for i in group]) for side in (0, 1)) for group in alike.values()]
     with jax.enable_x64(True):  # lest float64 tensors lose digits
-        found = jax.device_get(jax.jit(partial(balance_pairs, gauge=gauge))(stacks))
+        balance = jax.jit(partial(balance_pairs, gauge=gauge), compiler_options=_COMPILER_OPTIONS)
+        found = jax.device_get(balance(stacks))
     results: dict[int, Balanced] = {}
     for group, outcome in zip(alike.values(), found, strict=True):
         results |= {i: Balanced(*(x[k : k + 1] for x in outcome)) for k, i in enumerate(group)}
@@ -87,9 +97,21 @@ def _table(diagnoses: dict[str, dict[str, Diagnosis]]) -> Table:
 
 
 def _change(old, new) -> float:
-    """By how much the product has changed, relative to its norm."""
+    """By how much the product has changed, relative to its norm.
+
+    With `S` the least squares solution of `A' S = A` (by its Gram matrix, as the new factor is well conditioned) the
+    difference is `A' (B' - S B) + (A' S - A) B`: products of a large factor and a small one, which lose no digits.
+    """
+    if all(np.array_equal(x, y) for x, y in zip(old, new, strict=True)):
+        return 0.0  # as what is skipped is, and its product may be zero
     (a, b), (new_a, new_b) = ([np.asarray(factor[0], float) for factor in pair] for pair in (old, new))
-    values = product_singular_values(a, b)
-    difference = product_singular_values(np.concatenate([new_a, a], 1), np.concatenate([new_b, -b], 0))
-    largest = float(values[0]) or 1.0  # lest squares overflow
-    return float(np.linalg.norm(difference / largest)) / (float(np.linalg.norm(values / largest)) or 1.0)
+    size_a, size_b, new_size = (abs(x).max() for x in (a, b, new_a))
+    a, b, new_a, new_b = a / size_a, b / size_b, new_a / new_size, new_b / size_b * (new_size / size_a)
+    s = np.linalg.lstsq(new_a.T @ new_a, new_a.T @ a)[0]
+    left, right = np.concatenate([new_a, new_a @ s - a], 1), np.concatenate([new_b - s @ b, b], 0)
+    return _product_norm(left, right) / _product_norm(a, b)
+
+
+def _product_norm(a, b) -> float:
+    """The Frobenius norm of `A B`."""
+    return math.sqrt(max(np.sum((a.T @ a) * (b @ b.T)), 0))

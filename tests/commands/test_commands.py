@@ -114,6 +114,23 @@ def test_balance_of_dtypes_and_of_pairs_that_lack_rank(tmp_path, capsys):
     np.testing.assert_array_equal(read_peft(tmp_path / "out").modules()["h.10.x"].lora_a, 1)
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("float16", 1), ("float32", 1), ("float32", 1e15), ("float64", 1e150)])
+def test_balance_tells_the_change_of_products(dtype, size, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    columns = size * np.geomspace(1, 1e-3, 4)
+    pair = rng.standard_normal((40, 4)) * columns, rng.standard_normal((4, 30)) / size
+    write_peft(from_modules({"x": PeftModule(*(x.astype(dtype) for x in pair), 1.0)}), tmp_path / "in")
+    call("balance", tmp_path / "in", tmp_path / "out")
+    before, after = (
+        np.asarray(m.lora_a, np.longdouble) @ np.asarray(m.lora_b, np.longdouble)
+        for m in (read_peft(tmp_path / folder).modules()["x"] for folder in ("in", "out"))
+    )
+    told = float(re.search(r"changed by at most (\S+) of", capsys.readouterr().out).group(1))
+    expected = float(np.sqrt(np.sum((after - before) ** 2) / np.sum(before**2)))
+    assert 0 < told < 2.0**-8
+    assert told == pytest.approx(expected, rel=0.5)  # one digit is told
+
+
 def test_inspect_shows_every_pair_in_order(tmp_path, capsys):
     a, b = np.array([[3.0, 0], [0, 1], [0, 0]]), np.array([[1.0, 0, 0, 0], [0, 1, 0, 0]])
     modules = {f"h.{n}.x": PeftModule(a.astype(np.float32), b.astype(np.float32), 2.0) for n in (10, 9)}
