@@ -61,8 +61,9 @@ def _in_blocks(causal, width, queries, keys, values, mask):
     # (batch, kv_heads, group, length, head_dim): the queries that share a key head are the rows of one matrix
     queries = queries.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
     # (batch, kv_heads, head_dim, keys), behind barriers that their gradients meet too: XLA would make them w^T g, which
-    # takes up to three times as long on CPUs as g^T w
-    keys, values = (jax.lax.optimization_barrier(x.transpose(0, 2, 3, 1)) for x in (keys, values))
+    # takes up to three times as long on CPUs as g^T w. Values of a cache, which has no gradient, are faster upright.
+    keys = jax.lax.optimization_barrier(keys.transpose(0, 2, 3, 1))
+    values = jax.lax.optimization_barrier(values.transpose((0, 2, 3, 1) if causal else (0, 2, 1, 3)))
     blocks = [
         _block(queries, keys, values, mask, start, min(start + width, length), causal)
         for start in range(0, length, width)
@@ -74,9 +75,9 @@ def _in_blocks(causal, width, queries, keys, values, mask):
 @functools.partial(jax.checkpoint, static_argnums=(4, 5, 6))
 def _block(queries, keys, values, mask, start, end, causal):
     """The attention of the queries from `start` to `end`; they are cut out in here so that no slice is kept."""
-    seen = slice(0, end if causal else None)
-    queries, mask = queries[..., start:end, :], mask[:, start:end, seen]
-    keys, values = keys[..., seen], values[..., seen]
+    queries, mask = queries[..., start:end, :], mask[:, start:end]
+    if causal:
+        keys, values, mask = keys[..., :end], values[..., :end], mask[..., :end]
     batch, kv_heads, group, length, head_dim = queries.shape
     # one axis of rows: for several, XLA would transpose the weights in the backward pass
     rows = queries.reshape(batch, kv_heads, group * length, head_dim)
@@ -85,7 +86,8 @@ def _block(queries, keys, values, mask, start, end, causal):
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min).reshape(*rows.shape[:3], -1)
     # the maximum cancels, so it has no derivative; dividing after the product saves passes over the weights
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    attended = _product("bkts,bkhs->bkth", weights.astype(values.dtype), values)
+    by_values = "bkts,bkhs->bkth" if causal else "bkts,bksh->bkth"
+    attended = _product(by_values, weights.astype(values.dtype), values)
     attended = (attended / weights.sum(axis=-1, keepdims=True)).astype(values.dtype)
     return attended.reshape(batch, kv_heads, group, length, head_dim)
 

@@ -138,6 +138,25 @@ class Cache(NamedTuple):
     length: jax.Array
 
 
+class _Past(NamedTuple):
+    """The cache of all blocks on its way from block to block: what is carried through a loop is written in place."""
+
+    keys: jax.Array  # of a `Cache`
+    values: jax.Array
+    offset: jax.Array  # of the slots for the new tokens
+    layer: jax.Array  # whose turn it is
+
+    def extended(self, keys: jax.Array, values: jax.Array) -> "tuple[jax.Array, jax.Array, _Past]":
+        """Writes `(batch, length, kv_heads, head_dim)` of a block; returns all that it has, and what the next takes."""
+        start = self.layer, 0, self.offset, 0, 0
+        stacks = [
+            jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)
+            for old, new in ((self.keys, keys), (self.values, values))
+        ]
+        keys, values = (jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in stacks)
+        return keys, values, _Past(stacks[0], stacks[1], self.offset, self.layer + 1)
+
+
 class _Tokens(NamedTuple):
     """What a block needs to know of the tokens beside their hidden states."""
 
@@ -190,8 +209,8 @@ class Attention(nnx.Module):
             self.q_norm = nnx.RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, **dtypes)
             self.k_norm = nnx.RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, **dtypes)
 
-    def __call__(self, x, tokens: _Tokens, past=None, offset=None):
-        """Returns the attended `x` and the keys and values: those of `past` with the new ones at `offset`."""
+    def __call__(self, x, tokens: _Tokens, past: _Past | None = None):
+        """Returns the attended `x`, and `past` with the new keys and values."""
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.config.head_dim)
         queries, keys, values = (keep(layer(x)).reshape(heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
@@ -199,12 +218,9 @@ class Attention(nnx.Module):
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys = _rotate(queries, tokens.rotation), _rotate(keys, tokens.rotation)
         if past is not None:
-            keys, values = (
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), offset, axis=1)
-                for old, new in zip(past, (keys, values), strict=True)
-            )
+            keys, values, past = past.extended(keys, values)
         out = tokens.attend(queries, keys, values)
-        return self.o_proj(keep(out.reshape(batch, length, -1))), (keys, values)
+        return self.o_proj(keep(out.reshape(batch, length, -1))), past
 
 
 class MLP(nnx.Module):
@@ -240,11 +256,11 @@ class Block(nnx.Module):
         self.post_attention_layernorm = nnx.RMSNorm(config.hidden_size, **norm, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x, tokens: _Tokens, past=None, offset=None):
-        """Returns the new residual stream and the keys and values of this block."""
-        attended, kept = self.self_attn(self.input_layernorm(x), tokens, past, offset)
+    def __call__(self, x, tokens: _Tokens, past: _Past | None = None):
+        """Returns the new residual stream, and `past` with this block's keys and values."""
+        attended, past = self.self_attn(self.input_layernorm(x), tokens, past)
         x = keep(x + attended)
-        return x + self.mlp(self.post_attention_layernorm(x)), kept
+        return x + self.mlp(self.post_attention_layernorm(x)), past
 
 
 class Decoder(nnx.Module):
@@ -304,9 +320,10 @@ class Decoder(nnx.Module):
             segment_ids = jnp.ones_like(positions)
         slots = jnp.arange(length)
         if cache is None:
-            key_slots, key_segments, offset, past = slots, segment_ids, None, None
+            key_slots, key_segments, past = slots, segment_ids, None
         else:
-            offset, past = cache.length, (cache.keys, cache.values)
+            offset = cache.length
+            past = _Past(cache.keys, cache.values, offset, jnp.zeros((), jnp.int32))
             key_segments = jax.lax.dynamic_update_slice_in_dim(
                 cache.segment_ids, segment_ids.astype(jnp.int32), offset, axis=1
             )
@@ -334,16 +351,17 @@ class Decoder(nnx.Module):
         def placed(x):
             return x if self.sharding is None else jax.lax.with_sharding_constraint(x, self.sharding)
 
-        def block(x, layer, past):
-            x, kept = layer(placed(x), context, past, offset)
-            return placed(x), (kept if past is not None else None)
+        def block(carry, layer):
+            x, past = carry
+            x, past = layer(placed(x), context, past)
+            return placed(x), past
 
         block = nnx.remat(block, policy=KEEP_NOTHING if self.config.remat else KEEP_MARKED, prevent_cse=False)
-        scan = nnx.scan(block, in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0))
+        scan = nnx.scan(block, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
         x = rows_at(self.embed_tokens.embedding[...], tokens).astype(self.config.dtype)
-        x, kept = scan(x, self.layers, past)
-        if cache is not None:
-            cache = Cache(kept[0], kept[1], key_segments, cache.length + length)
+        x, past = scan((x, past), self.layers)
+        if past is not None:
+            cache = Cache(past.keys, past.values, key_segments, past.offset + length)
         return placed(self.norm(x)), cache
 
     @property
