@@ -299,15 +299,26 @@ def test_rows_and_vocabulary_may_be_sharded():
     )
 
 
-def test_generation_copies_no_parameters():
-    config = dataclasses.replace(CONFIGS["llama"], hidden_size=64, intermediate_size=1024, num_hidden_layers=8)
-    graph, parameters = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+def memory_of_generation(config, rows, length):
+    """The bytes of the parameters of the layers, of the cache, and of what the compiled program needs beside them."""
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    graph, parameters = nnx.split(model)
 
     def generated(parameters, prompts):
         model = nnx.merge(graph, parameters, copy=True)
         return generate(model, prompts, jnp.ones_like(prompts), new_tokens=3, eos_id=VOCAB)
 
-    prompts = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    prompts = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     program = jax.jit(generated).lower(parameters, prompts).compile(OPTIMIZED)
-    layers = sum(4 * x.size for x in jax.tree.leaves(parameters["layers"]))
-    assert program.memory_analysis().temp_size_in_bytes < layers / 2
+    cache = jax.eval_shape(lambda: nnx.merge(graph, parameters).empty_cache(rows, length + 3))
+    sizes = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (parameters["layers"], cache))
+    return *sizes, program.memory_analysis().temp_size_in_bytes
+
+
+def test_generation_copies_neither_parameters_nor_cache():
+    config = dataclasses.replace(CONFIGS["llama"], hidden_size=64, intermediate_size=1024, num_hidden_layers=8)
+    layers, _, temporary = memory_of_generation(config, 1, 4)
+    assert temporary < layers / 2
+    config = dataclasses.replace(CONFIGS["llama"], num_hidden_layers=64)
+    _, cache, temporary = memory_of_generation(config, 64, 16)
+    assert cache < temporary < 1.5 * cache
