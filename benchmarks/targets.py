@@ -7,6 +7,9 @@ Steps of BaLoRA on the MLPs of published models, of which nothing but the shape 
 activations are recomputed, rows of 1,024 tokens, 8 rows a device. Of the meshes `data`, `fsdp` and `fsdp x tensor 4`
 the first that fits is taken. Where there is one device, XLA's compiler for CPUs tells the memory of the same program
 too (in parentheses), without the float32 copies that it makes of bfloat16 weights.
+
+`--record` keeps the rows that the record has of the same version of jax, and adds those that are asked for and are not
+there: compiling all takes hours. Delete the record to reckon anew.
 """
 
 import argparse
@@ -42,6 +45,7 @@ MODELS = {
 }
 TARGETS = {"h100:1": "H100", "h100:8": "8 H100", "v5e:4x4": "v5e-16", "v5p:2x4x4": "v5p-64 (32 chips)"}
 
+RECORD = "targets.md"
 COLUMNS = (
     *("model", "rank", "on", "data x fsdp x tensor", "peak, GiB (for a CPU)", "a step", "bound by", "tokens / s"),
     "balancing",
@@ -77,22 +81,46 @@ def line(model: str, folder: Path, rank: int, target: Target) -> str:
     )
     found = first_that_fits(config, target)
     whole, projection = found.whole, found.projection
-    cells = [model, str(rank), TARGETS.get(str(target), str(target)), " x ".join(map(str, found.mesh))]
+    known = [model, str(rank), called(target), " x ".join(map(str, found.mesh))]
     peak = f"{found.step.peak / GIB:.1f} of {target.chip.memory / GIB:.1f}"
     if whole is None or projection is None or found.step.peak > target.chip.memory:
-        cells += [f"{peak}: does not fit", "", "", "", ""]
-        return f"| {' | '.join(cells)} |"
+        return f"| {' | '.join([*known, f'{peak}: does not fit', '', '', '', ''])} |"
     if target.size == 1:
         on_cpu = estimate([config])
         peak += f" ({(on_cpu.narrow_step or on_cpu.step).peak / GIB:.1f})"
-    cells += [
+    known += [
         peak,
         f"{seconds(whole.fastest)} to {seconds(whole.slowest)}",
         whole.bound,
         f"{found.tokens / whole.slowest:,.0f} to {found.tokens / whole.fastest:,.0f}",
         f"{projection.slowest / whole.slowest:.2%}",
     ]
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(known)} |"
+
+
+def called(target: Target) -> str:
+    """A target's name in the table."""
+    return TARGETS.get(str(target), str(target))
+
+
+def recorded(folder: Path | None, head: list[str]) -> dict[tuple[str, ...], str]:
+    """The rows of a record that begins as this one will, by model, rank and target."""
+    file = folder and folder / RECORD
+    lines = file.read_text().splitlines() if file and file.exists() else []
+    rows = lines[len(head) :] if lines[: len(head)] == head else []
+    return {tuple(cells(row)[:3]): row for row in rows}
+
+
+def cells(row: str) -> list[str]:
+    """What a row of the table says."""
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def place(row: str) -> tuple[int, int, int]:
+    """Where a row stands: by target and model as they are listed, and by rank."""
+    model, rank, target = cells(row)[:3]
+    targets = [*TARGETS.values(), target]
+    return targets.index(target), list(MODELS).index(model), int(rank)
 
 
 def main() -> None:
@@ -103,21 +131,21 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 128])
     add_record_flag(parser)
     options = parser.parse_args()
-    lines = [
-        f"jax {jax.__version__}, `JAX_PLATFORMS=cpu python benchmarks/targets.py --record benchmarks/recorded`",
-        "",
-    ]
-    lines += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    print("\n".join(lines))
+    head = [f"jax {jax.__version__}, `JAX_PLATFORMS=cpu python benchmarks/targets.py --record benchmarks/recorded`", ""]
+    head += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    rows = recorded(options.record, head)
+    print("\n".join([*head, *rows.values()]))
     with tempfile.TemporaryDirectory() as root:
         for model in options.models:
             folder = Path(root, model)
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps(COMMON | MODELS[model]))
         for name, model, rank in itertools.product(options.targets, options.models, options.ranks):
-            lines.append(line(model, Path(root, model), rank, parse_target(name)))
-            print(lines[-1], flush=True)
-            write(options.record, "targets.md", "\n".join(lines))
+            key = model, str(rank), called(parse_target(name))
+            if key not in rows:
+                rows[key] = line(model, Path(root, model), rank, parse_target(name))
+                print(rows[key], flush=True)
+                write(options.record, RECORD, "\n".join([*head, *sorted(rows.values(), key=place)]))
 
 
 if __name__ == "__main__":
