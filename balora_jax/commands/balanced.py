@@ -53,7 +53,7 @@ def write_balanced(source: Path, out: Path, gauge: Gauge, console: Console) -> N
         progress.update(f"balancing {len(pairs)} pairs")
         balanced = _balanced(factors, gauge)
         new = replace(adapter, tensors=write_pairs(adapter.tensors, found, [pair[:2] for pair in balanced]))
-        progress.update(f"writing {out}")
+        progress.update("writing the folder")
         with whole_folder(out) as folder:
             write_peft(new, folder)
             copy_other_files(source, folder)  # the config among them
