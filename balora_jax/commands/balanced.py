@@ -27,8 +27,8 @@ _REASONS = {
     Status.CANCELLING: "their factors cancel in the product",
 }
 
-# What runs once is compiled quickly. Matrices are multiplied and decomposed by libraries.
-_COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
+_ON_CPUS = {"xla_backend_optimization_level": 0}
+"""How XLA compiles what runs once: in two thirds of the time. On CPUs, libraries multiply and decompose matrices."""
 
 
 def write_balanced(source: Path, out: Path, gauge: Gauge, console: Console) -> None:
@@ -76,7 +76,8 @@ def _balanced(pairs: Sequence[ArrayPair], gauge: Gauge) -> list[Balanced]:
         alike.setdefault(tuple((x.shape, x.dtype) for x in pair), []).append(i)
     stacks = [tuple(np.concatenate([pairs[i][side] for i in group]) for side in (0, 1)) for group in alike.values()]
     with jax.enable_x64(True):  # lest float64 tensors lose digits
-        balance = jax.jit(partial(balance_pairs, gauge=gauge), compiler_options=_COMPILER_OPTIONS)
+        options = _ON_CPUS if jax.default_backend() == "cpu" else None
+        balance = jax.jit(partial(balance_pairs, gauge=gauge), compiler_options=options)
         found = jax.device_get(balance(stacks))
     results: dict[int, Balanced] = {}
     for group, outcome in zip(alike.values(), found, strict=True):
