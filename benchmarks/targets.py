@@ -9,7 +9,7 @@ the first that fits is taken. Where there is one device, XLA's compiler for CPUs
 too (in parentheses), without the float32 copies that it makes of bfloat16 weights.
 
 `--record` keeps the rows that the record has of the same version of jax, and adds those that are asked for and are not
-there: compiling all takes hours. Delete the record to reckon anew.
+there: compiling all takes half an hour or more. Delete the record to reckon anew.
 """
 
 import argparse

@@ -62,8 +62,8 @@ def write_balanced(source: Path, out: Path, gauge: Gauge, console: Console) -> N
         change = max(_change(old, pair[:2]) for old, pair in zip(factors, balanced, strict=True))
     console.print(_table({"before": before, "after": after}))
     console.print(f"{len(pairs)} pairs; products changed by at most {change:.0e} of their norm: {out}")
-    for reason, why in _REASONS.items():
-        names = [name for name, pair in zip(pairs, balanced, strict=True) if (pair.status == reason).any()]
+    for status, why in _REASONS.items():
+        names = [name for name, pair in zip(pairs, balanced, strict=True) if (pair.status == status).any()]
         if names:
             console.print(f"skipped, because {why}: {', '.join(names)}")
 
